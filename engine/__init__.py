@@ -1,0 +1,28 @@
+"""burnish: fine-tune Hugging Face causal language models on hand-written kernels and a hand-written loop.
+
+Importing this package imports no torch; each public name loads its room on first use.
+"""
+
+import importlib
+
+if __name__ != "burnish":
+    raise ImportError("import burnish: under another name every module would exist twice")
+
+__version__ = "0.1.0"
+_HOME = {
+    "SFTConfig": "burnish.config.fields",
+    "SFTTrainer": "burnish.trainers",
+    "patch": "burnish.model.patch",
+    "unpatch": "burnish.model.patch",
+    "PatchReport": "burnish.model.patch",
+    "UserError": "burnish.config.errors",
+}
+__all__ = [*_HOME, "kernels"]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name == "kernels":
+        return importlib.import_module("burnish.kernels")
+    raise AttributeError(f"module 'burnish' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Dataclasses of every setting, strict loading, where each value came from. Standard library and yaml only."""
