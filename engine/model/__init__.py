@@ -1,0 +1,1 @@
+"""Load, patch, head, attention, adapters: everything that touches a Hugging Face model."""

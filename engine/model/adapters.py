@@ -1,0 +1,61 @@
+"""LoRA adapters through peft, which is imported only when a run asks for them.
+
+Saving is the PeftModel's own save_pretrained: adapter_model.safetensors and adapter_config.json, nothing of the base.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from burnish.config.errors import UserError
+
+
+def apply_adapter(model: nn.Module, source: Any) -> nn.Module:
+    """`model` inside a PeftModel, its own parameters frozen.
+
+    source  a peft config, or a burnish config with the fields lora_r, lora_alpha, lora_dropout, lora_target_modules,
+            lora_modules_to_save, use_rslora and use_dora
+
+    Works on a patched model and on one that is patched afterwards. Raises UserError for target modules that the model
+    does not have, for an output layer with LoRA (the fused head can't train it; modules_to_save can), and for a
+    model that has an adapter already.
+    """
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        raise UserError(
+            "the model has an adapter already", where="peft_config", mend="Merge it first, or leave this out"
+        )
+    config = source if isinstance(source, peft.PeftConfig) else lora_config(source)
+    try:
+        adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"peft can't place the adapter ({reason})",
+            where="lora_target_modules",
+            mend="Name linear layers of the model, or use all-linear",
+        ) from error
+    from burnish.model.head import output_layer
+
+    output_layer(adapted)  # refuses LoRA on the head now, by name, instead of at the first batch
+    return adapted
+
+
+def lora_config(config: Any) -> Any:
+    """peft's LoraConfig for a causal LM from the lora fields of a burnish config."""
+    import peft
+
+    targets = config.lora_target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"  # peft knows it as a string only; in a list it would be a module's name
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
