@@ -1,0 +1,91 @@
+"""What became of the rows: counts and lengths, what was cut or dropped, for the `data` lines of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+_SHOWN = 5  # row numbers named for each reason
+
+
+@dataclass
+class DataReport:
+    """Counts over one split. Row numbers count from 0 in the source.
+
+    tokens, trained_tokens   what is left after cutting and dropping; a row's first token is never trained
+    tokens_lost, trained_lost  what cutting to max_length took
+    stopped_rows             rows whose last token that is not white space is EOS or another special token, and trained
+    quantiles                row lengths in tokens before cutting: p50, p90, p99, max
+    packs, fill              sequences made by packing, and the share of max_length that they use
+    """
+
+    source: str = ""
+    format: str = ""
+    template: str = ""
+    rows_read: int = 0
+    rows: int = 0
+    dropped: list[tuple[int, str]] = field(default_factory=list)
+    tokens: int = 0
+    trained_tokens: int = 0
+    cut_rows: list[int] = field(default_factory=list)
+    tokens_lost: int = 0
+    trained_lost: int = 0
+    stopped_rows: int = 0
+    boundary_moved: int = 0
+    doubled_bos: int = 0
+    unused_columns: list[str] = field(default_factory=list)
+    quantiles: dict[str, int] = field(default_factory=dict)
+    max_length: int | None = None
+    packs: int | None = None
+    fill: float | None = None
+    from_cache: bool = False
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> DataReport:
+        report = cls(**values)
+        report.dropped = [(int(row), str(reason)) for row, reason in report.dropped]
+        return report
+
+    def dropped_by_reason(self) -> dict[str, list[int]]:
+        """Reason -> the numbers of the rows dropped for it."""
+        result: dict[str, list[int]] = {}
+        for row, reason in self.dropped:
+            result.setdefault(reason, []).append(row)
+        return result
+
+    def lines(self) -> list[str]:
+        """The report for the screen, one fact a line, without the topic that the caller puts in the left column."""
+        template = f"  template: {self.template}" if self.template else ""
+        lengths = "  ".join(f"{name} {value:,}" for name, value in self.quantiles.items())
+        facts = [f"{self.rows_read:,} rows  {self.format} format{template}   {lengths} tokens"]
+        trained = 100.0 * self.trained_tokens / max(self.tokens, 1)
+        facts.append(
+            f"trained tokens {trained:.1f}% of {self.tokens:,}   rows dropped {len(self.dropped):,}   "
+            f"replies ending in EOS {self.stopped_rows:,}/{self.rows:,}   cut {len(self.cut_rows):,}"
+        )
+        for reason, rows in self.dropped_by_reason().items():
+            facts.append(f"dropped {len(rows):,}: {reason} ({name_rows(rows)})")
+        if self.cut_rows:
+            share = 100.0 * self.trained_lost / max(self.trained_lost + self.trained_tokens, 1)
+            facts.append(
+                f"cut to max_length {self.max_length:,}: {len(self.cut_rows):,} rows lost {self.tokens_lost:,} tokens, "
+                f"{self.trained_lost:,} of them trained ({share:.1f}%) ({name_rows(self.cut_rows)})"
+            )
+        if self.boundary_moved:
+            facts.append(f"prompt tokens merge into the completion in {self.boundary_moved:,} rows: trained from there")
+        if self.doubled_bos:
+            facts.append(f"doubled BOS removed from {self.doubled_bos:,} rows")
+        if self.unused_columns:
+            facts.append(f"columns not used: {', '.join(self.unused_columns)}")
+        if self.packs is not None and self.fill is not None and self.max_length is not None:
+            facts.append(f"packed into {self.packs:,} sequences of {self.max_length:,} ({100 * self.fill:.1f}% full)")
+        return facts
+
+
+def name_rows(numbers: list[int]) -> str:
+    """The first few of some row numbers, in words."""
+    shown = ", ".join(map(str, numbers[:_SHOWN]))
+    return f"{'row' if len(numbers) == 1 else 'rows'} {shown}{', ...' if len(numbers) > _SHOWN else ''}"
