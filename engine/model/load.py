@@ -71,6 +71,17 @@ def load_model(
     return model.train()
 
 
+def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
+    """A model's configuration, without its weights, from a folder or a hub id. Raises UserError as load_model does."""
+    from transformers import AutoConfig
+
+    name = _located(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
+        raise _load_error("model", name, error) from error
+
+
 def load_tokenizer(
     name_or_path: str,
     *,

@@ -1,0 +1,157 @@
+"""The command line: `burnish VERB ...`. Verbs, help and exit codes; torch is imported only by a verb that needs it.
+
+Exit codes: 0 done, 1 a fault in burnish or a library (with its traceback), 2 a mistake in the command, configuration
+or data (one line), 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+from burnish.config.errors import UserError
+
+
+def entry() -> None:
+    """Entry point of the `burnish` command and of `python -m burnish`."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line and return its exit code. A UserError becomes one line, unless BURNISH_DEBUG=1."""
+    debug = os.environ.get("BURNISH_DEBUG", "0") not in ("", "0")
+    if not debug:
+        _quiet_libraries()
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        if debug:
+            raise
+        print("burnish: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("burnish: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `burnish sft --help-all | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from burnish import __version__
+
+        print(f"burnish {__version__}")
+        return 0
+    verb, *words = argv
+    if verb not in VERBS:
+        raise _unknown_verb(verb)
+    return VERBS[verb][1](words)
+
+
+def _sft(words: list[str]) -> int:
+    """Train: one YAML file, `key=value` words, or both."""
+    from burnish.config.fields import SFTConfig
+    from burnish.config.load import load
+
+    if not words or words[0] in ("-h", "--help", "--help-all"):
+        print(_keys_help("sft", SFTConfig, everything="--help-all" in words))
+        return 0
+    path = words.pop(0) if "=" not in words[0] and not words[0].startswith("-") else None
+    config = load(SFTConfig, path, words)
+    from burnish.run import train
+
+    train(config)
+    return 0
+
+
+def _demo(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print("burnish demo [FOLDER]\n\nTrains SmolLM2-135M-Instruct on a small chat corpus, into FOLDER (out/demo).")
+        return 0
+    from burnish.verbs.demo import demo
+
+    if len(words) > 1 or any(word.startswith("-") or "=" in word for word in words):
+        raise UserError(
+            f"demo takes one folder, got {' '.join(words)}", where="command line", mend="burnish demo out/demo"
+        )
+    demo(words[0] if words else "out/demo")
+    return 0
+
+
+def _env(words: list[str]) -> int:
+    if words and words[0] not in ("-h", "--help"):
+        raise UserError(f"env takes no arguments, got {words[0]}", where="command line", mend="Run: burnish env")
+    from burnish.verbs.env import env
+
+    print("burnish env\n\nPrints versions, device and kernel backends." if words else env())
+    return 0
+
+
+VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "sft": ("supervised fine-tuning: burnish sft run.yaml key=value ...", _sft),
+    "demo": ("train a small real chat model on a small real corpus, on any machine, no model hub", _demo),
+    "env": ("versions, device, kernel backends", _env),
+}
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:<6}{what}" for name, (what, _) in VERBS.items())
+    return (
+        "burnish fine-tunes Hugging Face causal language models on its own kernels.\n\n"
+        f"usage: burnish VERB [run.yaml] [key=value ...]\n\n{verbs}\n\n"
+        "burnish VERB --help says more. BURNISH_DEBUG=1 shows tracebacks and the libraries' own output."
+    )
+
+
+def _keys_help(verb: str, cls: type, *, everything: bool) -> str:
+    """The keys of a training verb, each with its values, default and one line: straight from the fields."""
+    import dataclasses
+    import textwrap
+
+    from burnish.config.values import type_name
+
+    fields = [field for field in dataclasses.fields(cls) if everything or field.metadata["common"]]
+    lines = [f"usage: burnish {verb} [run.yaml] [key=value ...]", ""]
+    for field in fields:
+        default = "" if field.default is None else f" [{_plain(field.default)}]"
+        lines.append(f"  {field.name}: {type_name(field)}{default}")
+        lines += textwrap.wrap(field.metadata["doc"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    hidden = len(dataclasses.fields(cls)) - len(fields)
+    if hidden:
+        lines += ["", f"{hidden} more keys: burnish {verb} --help-all"]
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str:
+    """A default as it would be written in the YAML file."""
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else f"{value}"
+
+
+def _unknown_verb(verb: str) -> UserError:
+    import difflib
+
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    mend = f"Did you mean {close[0]}?" if close else f"Verbs: {' '.join(VERBS)}"
+    return UserError(f"unknown verb {verb}", where="command line", mend=mend)
+
+
+def _quiet_libraries() -> None:
+    """Before they are imported: no progress bars, no advice, errors only."""
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("DATASETS_VERBOSITY", "error"),
+        ("TQDM_DISABLE", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")

@@ -1,0 +1,287 @@
+"""The training loop, and evaluation. Nothing else in burnish calls backward.
+
+`fit` runs windows of micro-batches: the loss sum of each is divided by the count of the whole window, known before its
+first forward, so accumulation, packing and batch size can't change what a loss means. Nothing on a CUDA device is read
+back outside the log gate. `TrainState` is what a checkpoint must hold to go on exactly.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from burnish.config.fields import in_steps
+from burnish.data.batch import Batch, Batches
+from burnish.metrics import Accumulator, Log, memory_gib, peak_flops, step_flops, step_line
+from burnish.objectives import Objective
+from burnish.optim import Updater
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. Every field goes into a checkpoint's state.json."""
+
+    global_step: int = 0  # updates done
+    epoch_index: int = 0  # the epoch whose micro-batches are being read
+    micro_batch: int = 0  # micro-batches of it already trained on
+    epoch: float = 0.0
+    num_tokens: int = 0  # tokens seen, trained or not
+    max_steps: int = 0
+    train_loss_sum: float = 0.0  # of every logged step, weighted by the steps it stands for
+    best_metric: float | None = None
+    best_model_checkpoint: str | None = None
+    log_history: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Control:
+    """What a callback may ask for; read after each step, the names are transformers'."""
+
+    should_training_stop: bool = False
+    should_epoch_stop: bool = False
+    should_save: bool = False
+    should_evaluate: bool = False
+    should_log: bool = False
+
+
+@dataclass
+class Hooks:
+    """What the loop hands back to whoever assembled it.
+
+    evaluate  () -> metrics of the evaluation set, names already starting with eval_
+    save      (metrics or None) -> None: write a checkpoint of the current state
+    notify    (event, **extra) -> None: tell the callbacks (event is one of transformers' on_... names)
+    """
+
+    evaluate: Callable[[], dict[str, float]] | None = None
+    save: Callable[[dict[str, float] | None], None] | None = None
+    notify: Callable[..., None] = lambda event, **extra: None
+
+
+class NonFinite(FloatingPointError):
+    """A loss or gradient norm that is not a number: the run stops, and says at which step and on which rows."""
+
+
+def steps_per_epoch(batches: Batches, config) -> int:
+    return math.ceil(len(batches) / config.gradient_accumulation_steps)
+
+
+def total_steps(batches: Batches, config) -> int:
+    """Updates of the whole run: max_steps, or num_train_epochs passes."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * steps_per_epoch(batches, config)))
+
+
+def _every(interval: float, state: TrainState) -> bool:
+    """Whether this step ends an interval given in steps, or below 1 as a share of all steps."""
+    return state.global_step % max(1, in_steps(interval, state.max_steps)) == 0
+
+
+def _windows(batches: Batches, state: TrainState, size: int) -> Iterator[list[Batch]]:
+    """The rest of the current epoch in windows of `size` micro-batches (the last may hold fewer)."""
+    window: list[Batch] = []
+    for batch in batches.epoch(state.epoch_index, skip=state.micro_batch):
+        window.append(batch)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+class _Gate:
+    """Times, tokens and sums since the last log; `record` is the only place that reads the device."""
+
+    def __init__(self, model: nn.Module, config, state: TrainState):
+        self.accumulator = Accumulator()
+        self.losses: list[Tensor] = []
+        self.since = time.perf_counter()
+        self.waited = 0.0
+        self.tokens = self.trained = 0
+        self.flops = 0.0
+        self._model, self._state, self._peak = model, state, peak_flops()
+
+    def count(self, batch: Batch) -> None:
+        self.tokens += len(batch.input_ids)
+        self.trained += batch.num_valid
+        if self._peak:
+            self.flops += step_flops(
+                self._model, len(batch.input_ids), int((batch.cu_seqlens.diff().long() ** 2).sum())
+            )
+
+    def record(self, norm: Tensor, learning_rate: float) -> dict[str, float]:
+        values = torch.stack([*(loss.double() for loss in self.losses), norm.double()]).tolist()
+        grad_norm, losses = values[-1], values[:-1]
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        self._state.train_loss_sum += sum(losses)
+        record = {
+            "loss": sum(losses) / len(losses),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            **self.accumulator.take(),
+            "num_tokens": self._state.num_tokens,
+            "epoch": self._state.epoch,
+            "step": self._state.global_step,
+            "tok_s": self.tokens / seconds,
+            "tok_s_trained": self.trained / seconds,
+            "mem_gib": memory_gib(),
+            "data_wait": self.waited / seconds,
+        }
+        if self._peak:
+            record["mfu"] = self.flops / seconds / self._peak
+        self.losses, self.since = [], time.perf_counter()
+        self.waited, self.tokens, self.trained, self.flops = 0.0, 0, 0, 0.0
+        return record
+
+
+def _train_window(window: list[Batch], objective: Objective, device, gate: _Gate) -> Tensor:
+    """Forward and backward of one window; returns its loss (already divided by the window's count)."""
+    count = max(1, sum(objective.count(batch) for batch in window))  # a window may train on nothing
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for batch in window:
+        gate.count(batch)
+    placed = [batch.to(device) for batch in window]
+    shared = objective.window(placed)
+    for batch in placed:
+        loss_sum, metrics = objective.step(batch, shared)
+        loss = loss_sum / count
+        loss.backward()
+        total += loss.detach()
+        gate.accumulator.add(metrics)
+    return total
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    updater: Updater,
+    config,
+    *,
+    state: TrainState,
+    control: Control,
+    hooks: Hooks,
+    log: Log,
+) -> None:
+    """Train `model` from `state` to state.max_steps updates.
+
+    `state` is moved along; `control` is what callbacks set. Raises NonFinite when a logged loss or gradient norm is not
+    finite (on the CPU every step is looked at, on CUDA the log gate's).
+    """
+    device = next(model.parameters()).device
+    size = config.gradient_accumulation_steps
+    per_epoch = len(batches)
+    gate = _Gate(model, config, state)
+    began, first = time.perf_counter(), state.global_step
+    model.train()
+    hooks.notify("on_train_begin")
+    while state.global_step < state.max_steps and not control.should_training_stop:
+        windows = _windows(batches, state, size)
+        while True:
+            waiting = time.perf_counter()
+            window = next(windows, None)
+            if window is None:
+                break
+            gate.waited += time.perf_counter() - waiting
+            loss = _train_window(window, objective, device, gate)
+            norm = updater.step()
+            _advance(state, window, per_epoch)
+            gate.losses.append(loss)
+            if device.type == "cpu":
+                _refuse_non_finite(loss, norm, state, window)
+            hooks.notify("on_step_end")
+            rate = (time.perf_counter() - began) / (state.global_step - first)
+            _after_step(state, control, config, hooks, log, gate, norm, updater, rate, window)
+            if state.global_step >= state.max_steps or control.should_training_stop or control.should_epoch_stop:
+                break
+        ended = window is None or state.micro_batch >= per_epoch or control.should_epoch_stop
+        control.should_epoch_stop = False
+        if ended:
+            state.epoch_index, state.micro_batch = state.epoch_index + 1, 0
+        _after_epoch(config, hooks)
+    hooks.notify("on_train_end")
+
+
+def _advance(state: TrainState, window: list[Batch], per_epoch: int) -> None:
+    state.global_step += 1
+    state.micro_batch += len(window)
+    state.epoch = state.epoch_index + state.micro_batch / per_epoch
+    state.num_tokens += sum(len(batch.input_ids) for batch in window)
+
+
+def _refuse_non_finite(loss: Tensor, norm: Tensor, state: TrainState, window: list[Batch]) -> None:
+    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        rows = sorted({row for batch in window for row in batch.rows})
+        shown = ", ".join(map(str, rows[:8])) + (" ..." if len(rows) > 8 else "")
+        raise NonFinite(
+            f"step {state.global_step}: loss {loss.item()}, gradient norm {norm.item()}; rows {shown}. "
+            "Resume from the last checkpoint with a lower learning_rate, or look at those rows"
+        )
+
+
+def _after_step(state, control, config, hooks, log, gate, norm, updater, rate, window) -> None:
+    """The gates that follow an update: log, evaluate, save."""
+    step, last = state.global_step, state.global_step >= state.max_steps
+    first = config.logging_first_step and step == 1
+    if _every(config.logging_steps, state) or first or control.should_log or last:
+        control.should_log = False
+        _refuse_non_finite(gate.losses[-1], norm, state, window)
+        record = gate.record(norm, updater.learning_rate)
+        state.log_history.append(record)
+        log.write(record)
+        log.say("step", step_line(step, state.max_steps, record, rate * (state.max_steps - step)))
+        hooks.notify("on_log", logs=record)
+    metrics = None
+    interval = config.eval_steps or config.logging_steps
+    due = config.eval_strategy == "steps" and (_every(interval, state))
+    if hooks.evaluate and (due or control.should_evaluate):
+        control.should_evaluate = False
+        metrics = hooks.evaluate()
+    due = config.save_strategy == "steps" and (_every(config.save_steps, state) or last)
+    if hooks.save and (due or control.should_save or (config.save_strategy == "best" and metrics)):
+        control.should_save = False
+        hooks.save(metrics)
+
+
+def _after_epoch(config, hooks) -> None:
+    """What `epoch` strategies ask for, at the end of an epoch and of the run."""
+    metrics = hooks.evaluate() if config.eval_strategy == "epoch" and hooks.evaluate else None
+    if hooks.save and (config.save_strategy == "epoch" or (config.save_strategy == "best" and metrics)):
+        hooks.save(metrics)
+    hooks.notify("on_epoch_end")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before comes back."""
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was)
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> dict[str, float]:
+    """{"eval_loss": ..., "eval_<metric>": ...} over all batches, each weighted by its count. Logits never exist."""
+    device = next(model.parameters()).device
+    accumulator, began, rows = Accumulator(), time.perf_counter(), 0
+    with evaluating(model):
+        for batch in batches:
+            placed = batch.to(device)
+            loss_sum, metrics = objective.step(placed, objective.window([placed]))
+            accumulator.add({"loss": (loss_sum, objective.count(batch)), **metrics})
+            rows += len(batch.rows)
+    values = accumulator.take()
+    seconds = time.perf_counter() - began
+    return {
+        **{f"eval_{name}": value for name, value in values.items()},
+        "eval_runtime": seconds,
+        "eval_samples_per_second": rows / seconds,
+    }

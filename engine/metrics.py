@@ -1,0 +1,117 @@
+"""Numbers on their way out: sums kept on the device until the log gate, metrics.jsonl, one line a step.
+
+Model floating-point operations for MFU count what a training step must do: 6 per matrix weight and token, and
+attention's 12 x width x (sum of squared lengths)/2 per layer; nothing for recomputation.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets. A card that is not here gets no MFU rather than a guess.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+class Accumulator:
+    """Sums of (value, weight) by name. Both may be on a device and stay there; `take` reads all in one transfer."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list] = {}
+
+    def add(self, metrics: dict[str, tuple[Tensor | float, Tensor | float]]) -> None:
+        for name, (value, weight) in metrics.items():
+            entry = self._sums.setdefault(name, [0.0, 0.0])
+            entry[0] = entry[0] + (value.detach() if isinstance(value, Tensor) else value)
+            entry[1] = entry[1] + weight
+
+    def take(self) -> dict[str, float]:
+        """{name: sum / weight} since the last call; empties the accumulator. Names with no weight are left out."""
+        sums, weights = ([entry[side] for entry in self._sums.values()] for side in (0, 1))
+        read = _to_floats([*sums, *weights])
+        pairs = zip(self._sums, read[: len(sums)], read[len(sums) :], strict=True)
+        means = {name: value / weight for name, value, weight in pairs if weight}
+        self._sums = {}
+        return means
+
+
+def _to_floats(values: list[Tensor | float]) -> list[float]:
+    tensors = [v.double().reshape(()) for v in values if isinstance(v, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(v, Tensor) else float(v) for v in values]
+
+
+def step_flops(model: nn.Module, num_tokens: int, sum_squared_lengths: int) -> float:
+    """FLOPs of one forward and backward over num_tokens packed tokens (see the module's formula)."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    if embedding is not None and not getattr(text, "tie_word_embeddings", False):
+        matrices -= embedding.weight.numel()  # a look-up; tied, the same matrix works once, at the head
+    layers = getattr(text, "num_hidden_layers", 0)
+    heads = getattr(text, "num_attention_heads", 0)
+    width = heads * (getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(heads, 1))
+    return 6.0 * matrices * num_tokens + 12.0 * layers * width * sum_squared_lengths / 2
+
+
+def peak_flops() -> float | None:
+    """bf16 FLOP/s of the first CUDA device as its maker states them, or None where it is not in the table."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name(0)
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+def memory_gib() -> float:
+    """Peak memory of this process: allocated on the GPU where there is one, else resident. GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Log:
+    """metrics.jsonl and the console. Reads nothing back; a run resumed appends."""
+
+    def __init__(self, run_dir: Path | None, quiet: bool = False):
+        self.path = run_dir / "metrics.jsonl" if run_dir else None
+        self.quiet = quiet
+        self.started = time.perf_counter()
+
+    def write(self, record: dict) -> None:
+        """Append one record to metrics.jsonl."""
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def say(self, topic: str, text: str) -> None:
+        """One fact on one console line: the topic in the left column."""
+        if not self.quiet:
+            print(f"{topic:<8} {text}", flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"burnish: {text}", file=sys.stderr, flush=True)
+
+
+def step_line(step: int, max_steps: int, record: dict, seconds_left: float) -> str:
+    """The console's line for one log record."""
+    parts = [f"{step}/{max_steps}", f"loss {record['loss']:.4f}"]
+    if "rewards/accuracies" in record:
+        parts.append(f"acc {record['rewards/accuracies']:.3f}")
+    parts += [f"lr {record['learning_rate']:.2e}", f"|g| {record['grad_norm']:.3f}"]
+    parts.append(f"{record['tok_s']:,.0f} tok/s ({record['tok_s_trained']:,.0f} trained)")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.0%}")
+    parts += [f"{record['mem_gib']:.1f} GiB", f"wait {record['data_wait']:.0%}", f"eta {clock(seconds_left)}"]
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as hh:mm:ss."""
+    whole = int(seconds + 0.5)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"

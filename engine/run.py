@@ -1,0 +1,221 @@
+"""Assembles model, data, objective and kernels into a run. Nothing else assembles.
+
+`assemble` does everything that can fail on a user's mistake (configuration, data, model, head) before any training and
+before anything is written. `train(config)` assembles, trains and saves: the whole of `burnish sft run.yaml`.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from burnish.config.errors import UserError
+from burnish.data.batch import Batches, Examples
+from burnish.data.prepare import prepare
+from burnish.data.read import is_stream
+from burnish.data.split import hold_out
+from burnish.data.stream import StreamBatches
+from burnish.kernels.attention import attention_backend
+from burnish.metrics import Log
+from burnish.model.adapters import apply_adapter
+from burnish.model.attention import register
+from burnish.model.head import check_head, read_head
+from burnish.model.isolation import check_isolation
+from burnish.model.load import check_vocabulary, load_config, load_model, load_tokenizer
+from burnish.model.patch import PatchReport, patch
+from burnish.objectives import sft
+from burnish.optim import cast_parameters
+from burnish.training import Run, RunResult
+
+
+def assemble(
+    config: Any,
+    *,
+    model: str | nn.Module | None = None,
+    processing_class: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    peft_config: Any = None,
+    formatting_func: Callable | None = None,
+    callbacks: Iterable | None = None,
+    optimizers: tuple = (None, None),
+) -> Run:
+    """A run from a configuration, and from objects where a script has them already (TRL's constructor arguments).
+
+    What is not given is loaded from the names in `config`. Raises UserError for everything a user can mend.
+    """
+    log = Log(None)
+    _seed(config.seed)
+    device = device_for(config)
+    log.say("burnish", f"{config.output_dir}  {describe_device(device)}, torch {torch.__version__}")
+    name = model if isinstance(model, str) else config.model_name_or_path
+    if model is None and not name:
+        raise UserError("no model", where="model_name_or_path", mend="Give a folder or a hub id")
+    tokenizer = processing_class or load_tokenizer(
+        name if name else getattr(model, "name_or_path", ""),
+        trust_remote_code=config.trust_remote_code,
+        chat_template_path=config.chat_template_path,
+        eos_token=config.eos_token,
+        pad_token=config.pad_token,
+    )
+    began = time.perf_counter()
+    vocabulary = _vocabulary(model if isinstance(model, nn.Module) else name, config.trust_remote_code)
+    given = (train_dataset, eval_dataset)
+    batches, eval_batches = _data(config, tokenizer, vocabulary, given, formatting_func, log)
+    data_seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    network, masters, report = _network(config, model if isinstance(model, nn.Module) else name, device, peft_config)
+    check_vocabulary(tokenizer, network)
+    head = read_head(network)
+    log.say("kernels", _kernels_line(report, network, device))
+    log.say("start", f"data {data_seconds:.1f} s  model {time.perf_counter() - began:.1f} s")
+    return Run(
+        config,
+        network,
+        tokenizer,
+        head,
+        batches,
+        eval_batches,
+        sft.objective(network, head, config),
+        report,
+        masters,
+        log,
+        list(callbacks or ()),
+        tuple(optimizers),
+    )
+
+
+def train(config: Any, **objects: Any) -> RunResult:
+    """Assemble, train and save the model into config.output_dir: what the command line's training verbs do."""
+    run = assemble(config, **objects)
+    result = run.train()
+    run.log.say("model", str(run.save_model()))
+    return result
+
+
+def _data(
+    config: Any, tokenizer: Any, vocabulary: int, given: tuple, formatting_func: Callable | None, log: Log
+) -> tuple[Batches | StreamBatches | None, Batches | StreamBatches | None]:
+    """Training and evaluation batches, each reported; None where there is no such data."""
+    train_dataset, eval_dataset = given
+    sources = {}
+    source = train_dataset if train_dataset is not None else config.dataset_name
+    if source is not None:
+        sources["train"] = (source, config.dataset_train_split)
+    if eval_dataset is not None or config.eval_dataset_name:
+        source = eval_dataset if eval_dataset is not None else config.eval_dataset_name
+        sources["eval"] = (source, config.dataset_test_split or "test")
+    elif config.dataset_test_split:
+        sources["eval"] = (config.dataset_name, config.dataset_test_split)
+    if not sources:
+        raise UserError("no data", where="dataset_name", mend="Give a file, a folder or a hub id")
+    examples: dict[str, Examples] = {}
+    made: dict[str, Batches | StreamBatches] = {}
+    for role, (rows, split) in sources.items():
+        common = {"train": role == "train", "formatting_func": formatting_func, "vocab_size": vocabulary}
+        if is_stream(rows):
+            made[role] = StreamBatches(rows, tokenizer, config, **common)
+            log.say("data" if role == "train" else "eval", "a stream: rows are read, cut and packed as they come")
+            continue
+        named = {"split": split, "config_name": config.dataset_config}
+        examples[role], report = prepare(rows, tokenizer, config, **named, **common)
+        for line in report.lines():
+            log.say("data" if role == "train" else "eval", line)
+    if config.test_split_size is not None:
+        if "train" not in examples:
+            raise UserError("rows can't be held out of a stream", where="test_split_size", mend="Give eval_dataset")
+        examples["train"], examples["eval"] = hold_out(examples["train"], config.test_split_size, config.seed)
+    made |= {role: Batches(rows, config, train=role == "train") for role, rows in examples.items()}
+    for key in ("eval_strategy", "load_best_model_at_end"):
+        if "eval" not in made and getattr(config, key) not in ("no", False):
+            raise UserError(
+                f"{key} without evaluation data", where=key, mend="Set eval_dataset_name or test_split_size"
+            )
+    return made.get("train"), made.get("eval")
+
+
+def _vocabulary(source: str | nn.Module, trust_remote_code: bool) -> int:
+    """How many token ids the model embeds, before it is loaded."""
+    if isinstance(source, nn.Module):
+        return source.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    return load_config(source, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+
+
+def _network(
+    config: Any, source: str | nn.Module, device: torch.device, peft_config: Any
+) -> tuple[nn.Module, dict, PatchReport]:
+    """The model that will train: loaded or adopted, adapted, cast, patched and proved fit; its masters; the report."""
+    adapted = bool(peft_config) or config.use_peft
+    if isinstance(source, nn.Module):
+        model = _adopt(source, device)
+    else:
+        model = load_model(source, **_load_options(config, device, adapted))
+    if adapted:
+        model = apply_adapter(model, peft_config or config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    masters = cast_parameters(model, compute_dtype(config, device)) if config.dtype == "float32" else {}
+    report = patch(model, strict=config.strict_patch)
+    if "linear_cross_entropy" not in report.patched:  # else patch has tried it
+        check_head(model, read_head(model))
+    check_isolation(model)
+    return model, masters, report
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def device_for(config: Any) -> torch.device:
+    """CUDA where there is one and use_cpu doesn't forbid it."""
+    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name} {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def compute_dtype(config: Any, device: torch.device) -> torch.dtype:
+    """What a float32 model computes in: bfloat16 when asked for (on CUDA by default), else float32."""
+    bf16 = config.bf16 if config.bf16 is not None else device.type == "cuda"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _load_options(config: Any, device: torch.device, adapted: bool) -> dict:
+    """How a model named by the configuration is loaded: a frozen base needs no float32 twin."""
+    dtype = config.dtype
+    if dtype == "float32" and adapted and compute_dtype(config, device) == torch.bfloat16:
+        dtype = "bfloat16"
+    return {
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": config.trust_remote_code,
+        "model_init_kwargs": config.model_init_kwargs,
+        "attn": register(),
+    }
+
+
+def _adopt(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model that a script brings: on the device, and with burnish's attention."""
+    model.set_attn_implementation(register())  # type: ignore[operator]
+    return model.to(device)
+
+
+def _kernels_line(report: PatchReport, model: nn.Module, device: torch.device) -> str:
+    parameter = next(model.parameters())
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    probe = torch.empty(1, 1, head_dim, dtype=parameter.dtype, device=device)
+    name, reason = attention_backend(probe, window=None, softcap=getattr(text, "attn_logit_softcapping", None))
+    ops = "  ".join(f"{op} {count}" for op, count in report.patched.items())
+    skipped = f"  skipped {len(report.skipped)}" if report.skipped else ""
+    return f"{ops}  attention {name} ({reason}){skipped}"

@@ -1,0 +1,241 @@
+"""A run that has been assembled: it trains, evaluates, saves and resumes.
+
+`burnish.run` makes a `Run`; the loop does the training; this is what stands between the loop and the disk.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from burnish import checkpoint as disk
+from burnish.config.errors import UserError
+from burnish.config.load import dump
+from burnish.data.batch import Batches
+from burnish.kernels import use
+from burnish.loop import Control, Hooks, TrainState, evaluate, fit, total_steps
+from burnish.metrics import Log, clock
+from burnish.model.head import Head
+from burnish.model.patch import PatchReport
+from burnish.objectives import Objective
+from burnish.optim import Updater
+
+
+@dataclass
+class RunResult:
+    """What a finished run leaves: the folder, its last metrics, and the number of updates done."""
+
+    output_dir: Path
+    global_step: int
+    metrics: dict[str, float]
+
+
+@dataclass
+class Run:
+    """Everything a training run needs, ready to train."""
+
+    config: Any
+    model: nn.Module
+    tokenizer: Any
+    head: Head
+    batches: Batches | None
+    eval_batches: Batches | None
+    objective: Objective
+    report: PatchReport
+    masters: dict
+    log: Log
+    callbacks: list = field(default_factory=list)
+    optimizers: tuple = (None, None)
+    state: TrainState = field(default_factory=TrainState)
+    control: Control = field(default_factory=Control)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> RunResult:
+        """Train to the end, or on from a checkpoint. What the user can mend raises UserError before the first step."""
+        if self.batches is None:
+            raise UserError("there is nothing to train on", where="train_dataset", mend="Give a training data set")
+        wanted = resume_from_checkpoint or self.config.resume_from_checkpoint
+        source, passed_over = disk.find_checkpoint(self.folder, wanted) if wanted else (None, [])
+        if source is None:
+            self._refuse_overwriting()
+        for line in passed_over:
+            self.log.warn(line)
+        steps = total_steps(self.batches, self.config)
+        updater = Updater(self.model, self.masters, self.config, steps, *self.optimizers)
+        self.state.max_steps = steps
+        if source is not None:
+            self._restore(source, updater)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
+        self.log.path = self.folder / "metrics.jsonl"
+        _trim_log(self.log.path, self.state.global_step)
+        began = time.perf_counter()
+        hooks = Hooks(
+            evaluate=self.evaluate if self.eval_batches is not None else None,
+            save=lambda metrics: self._save(updater, metrics),
+            notify=self._notify,
+        )
+        with use(self.config.kernels):
+            if self.config.eval_on_start and source is None and hooks.evaluate:
+                hooks.evaluate()
+            fit(
+                self.model,
+                self.batches,
+                self.objective,
+                updater,
+                self.config,
+                state=self.state,
+                control=self.control,
+                hooks=hooks,
+                log=self.log,
+            )
+        if self.config.load_best_model_at_end and self.state.best_model_checkpoint:
+            disk.load_weights(self.model, Path(self.state.best_model_checkpoint))
+            self.log.say("best", self.state.best_model_checkpoint)
+        return self._finish(time.perf_counter() - began)
+
+    def _finish(self, seconds: float) -> RunResult:
+        summary: dict[str, float] = {}
+        for record in self.state.log_history:
+            summary |= {name: value for name, value in record.items() if name.startswith("eval_")}
+        summary |= {
+            "train_runtime": seconds,
+            "train_loss": self.state.train_loss_sum / max(self.state.global_step, 1),
+            "num_tokens": self.state.num_tokens,
+            "epoch": self.state.epoch,
+            "step": self.state.global_step,
+        }
+        self.state.log_history.append(summary)
+        self.log.write(summary)
+        self.log.say(
+            "done", f"{self.state.global_step} steps in {clock(seconds)}, mean loss {summary['train_loss']:.4f}"
+        )
+        return RunResult(self.folder, self.state.global_step, summary)
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the evaluation set, logged and told to callbacks."""
+        if self.eval_batches is None:
+            raise UserError("there is nothing to evaluate on", where="eval_dataset", mend="Give an evaluation data set")
+        with use(self.config.kernels):
+            metrics = evaluate(self.model, self.eval_batches.epoch(0), self.objective)
+        record = {**metrics, "epoch": self.state.epoch, "step": self.state.global_step}
+        self.state.log_history.append(record)
+        if self.log.path:
+            self.log.write(record)
+        shown = "  ".join(f"{name[5:]} {value:.4f}" for name, value in metrics.items() if "_per_second" not in name)
+        self.log.say("eval", shown)
+        self._notify("on_evaluate", metrics=metrics)
+        return metrics
+
+    def save_model(self, folder: str | Path | None = None) -> Path:
+        """Weights (or adapter) and tokenizer into `folder` (default: the run's), as from_pretrained reads them."""
+        target = Path(folder or self.folder)
+        target.mkdir(parents=True, exist_ok=True)
+        disk.save_model(self.model, self.tokenizer, target)
+        return target
+
+    def _notify(self, event: str, **extra) -> None:
+        for callback in self.callbacks:
+            if (call := getattr(callback, event, None)) is not None:
+                call(self.config, self.state, self.control, model=self.model, processing_class=self.tokenizer, **extra)
+
+    def _refuse_overwriting(self) -> None:
+        if self.config.overwrite_output_dir:
+            return
+        found = [p.name for p in disk.checkpoints(self.folder)]
+        if (self.folder / "metrics.jsonl").exists():
+            found.append("metrics.jsonl")
+        if found:
+            raise UserError(
+                f"output_dir already holds a run ({found[-1]})",
+                where=str(self.folder),
+                mend="Set resume_from_checkpoint: true to go on, overwrite_output_dir: true to start anew, or another "
+                "output_dir",
+            )
+
+    def _save(self, updater: Updater, metrics: dict[str, float] | None) -> None:
+        """Write a checkpoint; remember it where it is the best so far; delete old ones beyond the limit."""
+        path = self.folder / f"checkpoint-{self.state.global_step}"
+        better = metrics is not None and self._is_better(metrics)
+        if self.config.save_strategy == "best" and not better:
+            return
+        if better:
+            self.state.best_model_checkpoint = str(path)
+        updater_state = ({}, {}) if self.config.save_only_model else updater.state()
+        disk.save_checkpoint(
+            self.folder, self.state.global_step, self.model, self.tokenizer, updater_state, self._described()
+        )
+        best = self.state.best_model_checkpoint
+        disk.rotate(self.folder, self.config.save_total_limit, Path(best) if best else None)
+        self.log.say("saved", str(path))
+        self._notify("on_save")
+
+    def _described(self) -> dict:
+        """The state, and what it depends on: resuming on other data would not be the same run."""
+        assert self.batches is not None
+        return {**dataclasses.asdict(self.state), "micro_batches_per_epoch": len(self.batches)}
+
+    def _is_better(self, metrics: dict[str, float]) -> bool:
+        name = self.config.metric_for_best_model or "loss"
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            raise UserError(
+                f"{name} is not among the metrics of an evaluation",
+                where="metric_for_best_model",
+                mend=f"Use one of {', '.join(metrics)}",
+            )
+        greater = self.config.greater_is_better
+        if greater is None:
+            greater = not name.endswith("loss")
+        value, best = metrics[name], self.state.best_metric
+        if best is not None and (value <= best if greater else value >= best):
+            return False
+        self.state.best_metric = value
+        return True
+
+    def _restore(self, source: Path, updater: Updater) -> None:
+        """Everything as it was when the checkpoint was written: weights, optimizer, schedule, cursor, generators."""
+        stored, tensors = disk.load_state(source)
+        scalars, rng = stored.pop("updater"), stored.pop("rng")
+        assert self.batches is not None
+        if not scalars:
+            raise UserError(
+                "the checkpoint has no optimizer (save_only_model)",
+                where=str(source),
+                mend="Use it as model_name_or_path",
+            )
+        if stored.pop("micro_batches_per_epoch") != len(self.batches):
+            raise UserError(
+                "the data or batch settings differ from the run that wrote this checkpoint",
+                where=str(source),
+                mend="Resume with the configuration in output_dir/config.yaml",
+            )
+        disk.load_weights(self.model, source)
+        updater.load(tensors, scalars)
+        disk.restore_rng(source, rng)
+        max_steps = self.state.max_steps
+        self.state = TrainState(**stored)
+        self.state.max_steps = max_steps
+        self.log.say("resume", f"{source} at step {self.state.global_step} of {max_steps}")
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop records of steps after `step`: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a line torn by the kill that this resume follows
+        if step and record.get("step", 0) <= step and "train_runtime" not in record:
+            kept.append(line)
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
