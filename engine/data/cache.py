@@ -20,8 +20,10 @@ import numpy as np
 from burnish.data.batch import Examples
 from burnish.data.report import DataReport
 
-VERSION = 1  # of the files' layout and of what tokenization means: raised when either changes
+VERSION = 2  # of the files' layout and of what tokenization means: raised when either changes
 _ARRAYS = {"ids": np.int32, "trained": np.bool_, "offsets": np.int64, "rows": np.int64}
+_SOME_HAVE = {"prompt": np.int64, "margin": np.float32, "desirable": np.bool_, "question": np.int64}
+_DTYPES = _ARRAYS | _SOME_HAVE
 
 
 def default_dir() -> Path:
@@ -68,11 +70,14 @@ def save(folder: Path, examples: Examples, report: DataReport) -> None:
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         sums = {}
-        for name, dtype in _ARRAYS.items():
+        for name, dtype in _DTYPES.items():
+            if name in _SOME_HAVE and getattr(examples, name) is None:
+                continue
             array: np.ndarray = np.ascontiguousarray(getattr(examples, name), dtype=dtype)
             np.save(part / f"{name}.npy", array, allow_pickle=False)
             sums[name] = _checksum(array)
-        (part / "report.json").write_text(json.dumps({"sums": sums, "report": report.to_dict()}))
+        manifest = {"sums": sums, "paired": examples.paired, "report": report.to_dict()}
+        (part / "report.json").write_text(json.dumps(manifest))
         try:
             part.rename(folder)
         except OSError:
@@ -88,10 +93,10 @@ def load(folder: Path) -> tuple[Examples, DataReport] | None:
         return None
     try:
         manifest = json.loads((folder / "report.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        intact = all(
-            arrays[name].dtype == dtype and _checksum(arrays[name]) == manifest["sums"][name]
-            for name, dtype in _ARRAYS.items()
+        sums, paired = manifest["sums"], bool(manifest["paired"])
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in sums}
+        intact = sums.keys() >= _ARRAYS.keys() and all(
+            array.dtype == _DTYPES[name] and _checksum(array) == sums[name] for name, array in arrays.items()
         )
         report = DataReport.from_dict(manifest["report"])
     except (OSError, ValueError, KeyError, TypeError, EOFError):
@@ -99,7 +104,7 @@ def load(folder: Path) -> tuple[Examples, DataReport] | None:
     if not intact:
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Examples(**{name: np.asarray(array) for name, array in arrays.items()}), report
+    return Examples(**{name: np.asarray(array) for name, array in arrays.items()}, paired=paired), report
 
 
 def _checksum(array: np.ndarray) -> int:

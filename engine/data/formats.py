@@ -39,7 +39,7 @@ def detect(row: dict[str, Any], text_field: str, where: str) -> Format:
     if "input_ids" in present:
         return "input_ids"
     if {"prompt", "completion"} <= present:
-        kinds = {_kind(row["prompt"]), _kind(row["completion"])}
+        kinds = {kind_of(row["prompt"]), kind_of(row["completion"])}
         if kinds == {"text"}:
             return "prompt-completion"
         if kinds == {"messages"}:
@@ -47,7 +47,7 @@ def detect(row: dict[str, Any], text_field: str, where: str) -> Format:
         raise UserError("prompt and completion must both be text or both be lists of messages", where=where)
     for column in ("messages", "conversations"):
         if column in present:
-            if _kind(row[column]) != "messages":
+            if kind_of(row[column]) != "messages":
                 raise UserError(f"{column} must be a list of objects with role and content", where=where)
             return "messages"
     if text_field in present:
@@ -73,7 +73,7 @@ def check_same(row: dict[str, Any], expected: Format, text_field: str, where: st
         )
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, list | tuple) and value and all(isinstance(message, dict) for message in value):

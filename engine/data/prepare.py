@@ -56,26 +56,36 @@ def prepare(
     limit = cut_length(config, train)
     mode = getattr(config, "truncation_mode", "keep_start")
 
-    chosen = {"settings": asdict(settings), "limit": limit, "mode": mode}
-    folder = Path(cache_dir or cache.default_dir()) / "tokens" / cache.key(opened.digest(), tokenizer, chosen)
-    found = cache.load(folder)
-    if found is not None:
-        examples, report = found
-        report.from_cache, report.source = True, opened.name
-    else:
+    def build() -> tuple[Examples, DataReport]:
         collector = Collector(limit, mode)
         for number, tokens in tokenized(opened, tokenizer, settings, collector.report):
             collector.add(tokens, number)
-        examples, report = collector.finish(), collector.report
-        _save(folder, examples, report)
-    report.template = _template_name(config, report.format)
+        return collector.finish(), collector.report
+
+    chosen = {"settings": asdict(settings), "limit": limit, "mode": mode}
+    examples, report = cached(opened, tokenizer, chosen, cache_dir, build)
+    report.template = template_name(config, report.format)
     report.max_length = config.max_length
     _report_packing(examples, report, config, train)
     report.seconds = time.perf_counter() - started
     return examples, report
 
 
-def _save(folder: Path, examples: Examples, report: DataReport) -> None:
+def cached(
+    opened: Source,
+    tokenizer: Any,
+    settings: dict[str, Any],
+    cache_dir: str | Path | None,
+    build: Callable[[], tuple[Examples, DataReport]],
+) -> tuple[Examples, DataReport]:
+    """What the cache has of these rows, this tokenizer and these settings, or else what `build` makes, then kept."""
+    folder = Path(cache_dir or cache.default_dir()) / "tokens" / cache.key(opened.digest(), tokenizer, settings)
+    found = cache.load(folder)
+    if found is not None:
+        examples, report = found
+        report.from_cache, report.source = True, opened.name
+        return examples, report
+    examples, report = build()
     try:
         cache.save(folder, examples, report)
     except OSError as error:
@@ -84,6 +94,7 @@ def _save(folder: Path, examples: Examples, report: DataReport) -> None:
             where=str(folder.parent),
             mend="Point BURNISH_CACHE at a folder with room",
         ) from error
+    return examples, report
 
 
 def tokenize_settings(config: Any, vocab_size: int | None) -> TokenizeSettings:
@@ -102,13 +113,18 @@ def packs_split(config: Any, train: bool) -> bool:
     return bool(config.packing)
 
 
-def cut_length(config: Any, train: bool) -> int | None:
-    """The length rows are cut to before packing; None where nothing is cut or packing itself divides long rows."""
+def check_length(config: Any) -> None:
+    """Raises UserError for a max_length or truncation_mode that no row could be cut by."""
     mode = getattr(config, "truncation_mode", "keep_start")
     if mode not in ("keep_start", "keep_end"):
         raise UserError(f"unknown truncation_mode {mode!r}", mend="Use keep_start or keep_end")
     if config.max_length is not None and config.max_length < 2:
         raise UserError(f"max_length={config.max_length} leaves no token to predict", mend="Use at least 2, or null")
+
+
+def cut_length(config: Any, train: bool) -> int | None:
+    """The length rows are cut to before packing; None where nothing is cut or packing itself divides long rows."""
+    check_length(config)
     if packs_split(config, train):
         if config.max_length is None:
             raise UserError("packing needs a max_length", mend="Set max_length, or packing=false")
@@ -208,8 +224,7 @@ class Collector:
         if not self._rows:
             reasons = "; ".join(f"{reason}: {name_rows(rows)}" for reason, rows in report.dropped_by_reason().items())
             raise UserError(f"no row trains on anything ({reasons})", where=report.source)
-        at = np.percentile(self._lengths, [50, 90, 99, 100], method="lower").astype(int).tolist()
-        report.quantiles = dict(zip(("p50", "p90", "p99", "max"), at, strict=True))
+        report.quantiles = quantiles(self._lengths)
         return self.take()
 
     def take(self) -> Examples:
@@ -226,7 +241,13 @@ class Collector:
         return examples
 
 
-def _template_name(config: Any, format: str) -> str:
+def quantiles(lengths: list[int]) -> dict[str, int]:
+    """p50, p90, p99 and max."""
+    at = np.percentile(lengths, [50, 90, 99, 100], method="lower").astype(int).tolist()
+    return dict(zip(("p50", "p90", "p99", "max"), at, strict=True))
+
+
+def template_name(config: Any, format: str) -> str:
     if not format.endswith("messages"):
         return ""
     return str(getattr(config, "chat_template_path", None) or "tokenizer")

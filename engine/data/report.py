@@ -16,6 +16,13 @@ class DataReport:
     stopped_rows             rows whose last token that is not white space is EOS or another special token, and trained
     quantiles                row lengths in tokens before cutting: p50, p90, p99, max
     packs, fill              sequences made by packing, and the share of max_length that they use
+
+    For preferences `rows` counts sequences, trained tokens are those of completions, and there is more:
+    unit, units              what is kept or dropped as a whole ("pair" or "row"), and how many are kept
+    lengths                  quantiles of each part: prompt, and chosen and rejected or completion
+    equal_rows               rows whose chosen and rejected are the same, which are kept
+    desirable                rated completions that are
+    cut_to                   the limits that sequences are cut to
     """
 
     source: str = ""
@@ -37,6 +44,12 @@ class DataReport:
     max_length: int | None = None
     packs: int | None = None
     fill: float | None = None
+    unit: str = "row"
+    units: int = 0
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    equal_rows: list[int] = field(default_factory=list)
+    desirable: int | None = None
+    cut_to: str = ""
     from_cache: bool = False
     seconds: float = 0.0
 
@@ -59,19 +72,23 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for the screen, one fact a line, without the topic that the caller puts in the left column."""
         template = f"  template: {self.template}" if self.template else ""
-        lengths = "  ".join(f"{name} {value:,}" for name, value in self.quantiles.items())
-        facts = [f"{self.rows_read:,} rows  {self.format} format{template}   {lengths} tokens"]
+        facts = [f"{self.rows_read:,} rows  {self.format} format{template}   {self._lengths_line()}"]
         trained = 100.0 * self.trained_tokens / max(self.tokens, 1)
         facts.append(
-            f"trained tokens {trained:.1f}% of {self.tokens:,}   rows dropped {len(self.dropped):,}   "
+            f"trained tokens {trained:.1f}% of {self.tokens:,}   {self.unit}s dropped {len(self.dropped):,}   "
             f"replies ending in EOS {self.stopped_rows:,}/{self.rows:,}   cut {len(self.cut_rows):,}"
         )
+        if self.unit == "pair":
+            facts.append(f"{self.units:,} pairs")
+        if self.desirable is not None:
+            facts.append(f"{self.units:,} completions   desirable {self.desirable:,}   not {self.units - self.desirable:,}")
+        facts += [f"{part}: {_shown(values)} tokens" for part, values in self.lengths.items()]
         for reason, rows in self.dropped_by_reason().items():
             facts.append(f"dropped {len(rows):,}: {reason} ({name_rows(rows)})")
         if self.cut_rows:
             share = 100.0 * self.trained_lost / max(self.trained_lost + self.trained_tokens, 1)
             facts.append(
-                f"cut to max_length {self.max_length:,}: {len(self.cut_rows):,} rows lost {self.tokens_lost:,} tokens, "
+                f"cut to {self.cut_to or f'max_length {self.max_length:,}'}: {len(self.cut_rows):,} rows lost {self.tokens_lost:,} tokens, "
                 f"{self.trained_lost:,} of them trained ({share:.1f}%) ({name_rows(self.cut_rows)})"
             )
         if self.boundary_moved:

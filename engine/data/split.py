@@ -1,4 +1,4 @@
-"""Hold rows out of a training set for evaluation."""
+"""Hold rows out of a training set for evaluation. What was made of one row (a pair) stays together."""
 
 import numpy as np
 
@@ -11,15 +11,19 @@ def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Exam
 
     Raises UserError where nothing would be left on one side.
     """
-    count = round(len(examples) * size) if size < 1 else int(size)
-    if not 0 < count < len(examples):
+    new = np.diff(examples.rows, prepend=examples.rows[0] - 1) != 0  # an example of another source row than the last
+    row = np.cumsum(new) - 1  # [R]
+    total = int(row[-1]) + 1
+    count = round(total * size) if size < 1 else int(size)
+    if not 0 < count < total:
         raise UserError(
-            f"test_split_size {size:g} of {len(examples)} rows leaves nothing to {'train' if count else 'evaluate'} on",
+            f"test_split_size {size:g} of {total} rows leaves nothing to {'train' if count else 'evaluate'} on",
             where="test_split_size",
             mend="Choose another size",
         )
-    drawn = np.random.default_rng(seed).permutation(len(examples))
-    return _rows(examples, np.sort(drawn[count:])), _rows(examples, np.sort(drawn[:count]))
+    held = np.zeros(total, dtype=bool)
+    held[np.random.default_rng(seed).permutation(total)[:count]] = True
+    return _rows(examples, np.flatnonzero(~held[row])), _rows(examples, np.flatnonzero(held[row]))
 
 
 def _rows(examples: Examples, numbers: np.ndarray) -> Examples:
@@ -31,4 +35,9 @@ def _rows(examples: Examples, numbers: np.ndarray) -> Examples:
         trained=np.concatenate([examples.trained[span] for span in spans]),
         offsets=offsets,
         rows=examples.rows[numbers],
+        paired=examples.paired,
+        prompt=None if examples.prompt is None else examples.prompt[numbers],
+        margin=None if examples.margin is None else examples.margin[numbers[::2] // 2],
+        desirable=None if examples.desirable is None else examples.desirable[numbers],
+        question=None if examples.question is None else examples.question[numbers],
     )

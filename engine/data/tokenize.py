@@ -71,7 +71,10 @@ class RowTokenizer:
 
     def block(self, rows: Sequence[dict[str, Any]], first: int) -> list[Tokens]:
         """Tokens of rows number first, first + 1, ..."""
-        where = [f"{self._name} row {first + i}" for i in range(len(rows))]
+        return self.tokens(rows, [f"{self._name} row {first + i}" for i in range(len(rows))])
+
+    def tokens(self, rows: Sequence[dict[str, Any]], where: list[str]) -> list[Tokens]:
+        """Tokens of rows that errors call by the names in `where`."""
         work = {
             "text": self._text,
             "messages": self._messages,

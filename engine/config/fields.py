@@ -1,0 +1,290 @@
+"""Every key a training run takes, with TRL's and transformers' names and defaults (TRL 1.16, transformers 5.23).
+
+`TrainConfig` holds what all objectives share; `SFTConfig` adds supervised fine-tuning's own keys. Making one checks
+every value and every pair of values and raises `UserError` naming the place. stdlib and yaml only: `--help` and a typo
+are answered before torch is imported.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from burnish.config.errors import UserError
+from burnish.config.refused import explain
+from burnish.config.values import coerce, key
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
+
+@dataclass
+class TrainConfig:
+    """Keys shared by every objective. Keyword arguments only, but for `output_dir`, which may come first.
+
+    `config.origins` says where each value came from: "run.yaml:3", "command line", "SFTConfig(name=...)" or "default".
+    """
+
+    origins: ClassVar[dict[str, str]] = {}
+
+    # where results go
+    output_dir: str = key(
+        "trainer_output",
+        "folder for the model, checkpoints, metrics.jsonl and the resolved config.yaml",
+        common=True,
+        kw_only=False,
+    )
+    overwrite_output_dir: bool = key(False, "start anew in an output_dir that already holds a run")
+    report_to: str | list[str] | None = key("none", "trackers; only `none` for now: metrics.jsonl is always written")
+
+    # model
+    model_name_or_path: str | None = key(None, "model to train: a folder or a hub id", common=True)
+    model_init_kwargs: dict | None = key(None, "further arguments for from_pretrained, as a mapping")
+    trust_remote_code: bool = key(False, "run Python code that comes with the model")
+    dtype: str = key(
+        "float32", "dtype of the master weights; auto: as saved", choices=("float32", "bfloat16", "auto"), common=True
+    )
+    bf16: bool | None = key(
+        None,
+        "compute in bfloat16; default: on CUDA only. With dtype float32 the master weights stay float32",
+        common=True,
+    )
+    chat_template_path: str | None = key(None, "chat template: a .jinja file, or a folder or hub id of a tokenizer")
+    eos_token: str | None = key(None, "token that ends a reply; default: the tokenizer's")
+    pad_token: str | None = key(None, "padding token saved with the tokenizer; training itself never pads")
+    kernels: str = key(
+        "auto", "auto: Triton on CUDA; reference: the plain PyTorch definitions", choices=("auto", "reference")
+    )
+    strict_patch: bool = key(False, "stop when some norm, MLP or rotary module can't use a burnish kernel")
+    use_cpu: bool = key(False, "stay on the CPU where a GPU is at hand")
+
+    # adapters
+    use_peft: bool = key(False, "train LoRA adapters and leave the base model as it is", common=True)
+    lora_r: int = key(16, "rank of the adapters", low=1, common=True)
+    lora_alpha: int = key(
+        32, "scale of the adapters: their output is multiplied by lora_alpha / lora_r", low=1, common=True
+    )
+    lora_dropout: float = key(0.05, "dropout before the adapters", low=0, high=1)
+    lora_target_modules: list[str] | str | None = key(
+        None, "modules that get adapters (names, or all-linear); default: peft's choice"
+    )
+    lora_modules_to_save: list[str] | None = key(None, "modules trained in full beside the adapters")
+    use_rslora: bool = key(False, "scale adapters by 1/sqrt(rank) instead of 1/rank")
+    use_dora: bool = key(False, "weight-decomposed adapters (DoRA)")
+
+    # data
+    dataset_name: str | None = key(
+        None, "training rows: a jsonl, json, csv or parquet file, a folder, or a hub id", common=True
+    )
+    dataset_config: str | None = key(None, "configuration of a hub data set")
+    dataset_train_split: str = key("train", "split to train on")
+    dataset_test_split: str | None = key(None, "split to evaluate on")
+    eval_dataset_name: str | None = key(None, "evaluation rows, as dataset_name", common=True)
+    test_split_size: float | None = key(
+        None,
+        "hold out this many rows (or, below 1, this share) of the training rows for evaluation",
+        above=0,
+        common=True,
+    )
+    max_length: int | None = key(
+        1024, "longest sequence in tokens; longer rows are cut and counted. null: never cut", low=2, common=True
+    )
+    truncation_mode: str = key("keep_start", "which end of a long row stays", choices=("keep_start", "keep_end"))
+    padding_free: bool = key(True, "burnish never pads, so this key changes nothing; taken because TRL files set it")
+
+    # batches
+    per_device_train_batch_size: int = key(8, "rows (packs, when packing) in a micro-batch", low=1, common=True)
+    per_device_eval_batch_size: int = key(8, "rows (packs, when packing) in an evaluation batch", low=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches in a step", low=1, common=True)
+    max_tokens_per_batch: int | None = key(
+        None, "tokens in a micro-batch; takes the place of per_device_train_batch_size", low=2, common=True
+    )
+    dataloader_drop_last: bool = key(False, "leave out an epoch's last micro-batch when it is not full")
+    train_sampling_strategy: str = key("random", "order of the rows", choices=("random", "sequential"))
+    num_train_epochs: float = key(3.0, "passes over the training rows", above=0, common=True)
+    max_steps: int = key(
+        -1, "stop after this many steps, whatever num_train_epochs says; -1: no limit", low=-1, common=True
+    )
+
+    # optimizer
+    learning_rate: float = key(5e-5, "highest learning rate", low=0, common=True)
+    lr_scheduler_type: str = key("linear", "course of the learning rate after warm-up", choices=SCHEDULES, common=True)
+    lr_scheduler_kwargs: dict | None = key(None, "further arguments of the schedule, as a mapping")
+    warmup_steps: float = key(
+        0, "steps (or, below 1, share of all steps) over which the learning rate rises", low=0, common=True
+    )
+    warmup_ratio: float = key(0.0, "older name for warmup_steps as a share of all steps", low=0, high=1)
+    optim: str = key("adamw_torch_fused", "optimizer", choices=("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"))
+    weight_decay: float = key(0.0, "decay of weights that are neither biases nor norms", low=0, common=True)
+    adam_beta1: float = key(0.9, "AdamW's decay of the mean of gradients", low=0, high=1)
+    adam_beta2: float = key(0.999, "AdamW's decay of the mean of squared gradients", low=0, high=1)
+    adam_epsilon: float = key(1e-8, "AdamW's term against division by zero", above=0)
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; 0: never", low=0)
+    gradient_checkpointing: bool = key(
+        True, "recompute activations in the backward pass: less memory, about a third more time", common=True
+    )
+    gradient_checkpointing_kwargs: dict | None = key(None, "only {use_reentrant: false}, which is what burnish does")
+
+    # logging, evaluation, saving
+    logging_steps: float = key(
+        10, "steps (or, below 1, share of all steps) between two log lines", above=0, common=True
+    )
+    logging_first_step: bool = key(False, "log the first step as well")
+    eval_strategy: str = key("no", "when to evaluate", choices=("no", "steps", "epoch"), common=True)
+    eval_steps: float | None = key(
+        None, "steps (or share of all steps) between evaluations; default: logging_steps", above=0, common=True
+    )
+    eval_on_start: bool = key(False, "evaluate before the first step")
+    save_strategy: str = key("steps", "when to write a checkpoint", choices=("no", "steps", "epoch", "best"))
+    save_steps: float = key(500, "steps (or share of all steps) between checkpoints", above=0, common=True)
+    save_total_limit: int | None = key(None, "how many checkpoints to keep; the best one is never deleted", low=1)
+    save_only_model: bool = key(
+        False, "checkpoints without the optimizer: smaller, but training can't resume from them"
+    )
+    load_best_model_at_end: bool = key(False, "end with the checkpoint that evaluated best")
+    metric_for_best_model: str | None = key(None, "metric that decides which checkpoint is best; default: loss")
+    greater_is_better: bool | None = key(None, "whether more of it is better; default: false for a loss, else true")
+    resume_from_checkpoint: bool | str | None = key(
+        None, "a checkpoint folder, or true for the last one in output_dir", common=True
+    )
+    seed: int = key(42, "seed of everything random", low=0, common=True)
+    data_seed: int | None = key(None, "seed of the data order; default: seed", low=0)
+
+    def __new__(cls, *args: Any, **given: Any) -> "TrainConfig":
+        """Refuse names that are no key with their reason, before dataclass's bare TypeError would."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                what, mend = explain(name, names)
+                raise UserError(what, where=f"{cls.__name__}({name}=...)", mend=mend)
+        config = super().__new__(cls)
+        config.origins = {  # type: ignore[misc]  # one per configuration; ClassVar keeps it from being a field
+            name: f"{cls.__name__}({name}=...)" if name in given else "default" for name in names
+        }
+        if args:
+            config.origins["output_dir"] = f"{cls.__name__}(...)"
+        return config
+
+    def __post_init__(self) -> None:
+        """Read every value as its field's type, then check the pairs that can't go together."""
+        for field in dataclasses.fields(self):
+            try:
+                setattr(self, field.name, coerce(field, getattr(self, field.name)))
+            except ValueError as error:
+                self._fail(f"{field.name} {error}", field.name)
+        self._check_pairs()
+
+    def _fail(self, what: str, *names: str, mend: str = "") -> None:
+        """Raise UserError that points at every place where one of these keys was set."""
+        places = dict.fromkeys(self.origins[name] for name in names if self.origins[name] != "default")
+        raise UserError(what, where=" and ".join(places) or type(self).__name__, mend=mend)
+
+    def _check_pairs(self) -> None:
+        if self.report_to not in (None, "none", [], ["none"]):
+            self._fail(
+                f"report_to {self.report_to!r} is not taken",
+                "report_to",
+                mend="Use none: every metric is in output_dir/metrics.jsonl",
+            )
+        if self.warmup_steps and self.warmup_ratio:
+            self._fail("warmup_steps and warmup_ratio are both set", "warmup_steps", "warmup_ratio", mend="Keep one")
+        if self.max_steps == 0:
+            self._fail("max_steps 0 would train nothing", "max_steps", mend="Use -1 for no limit")
+        if self.gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
+            self._fail(
+                f"gradient_checkpointing_kwargs {self.gradient_checkpointing_kwargs} can't be honoured",
+                "gradient_checkpointing_kwargs",
+                mend="Checkpointing is always non-reentrant: remove the key",
+            )
+        if self.max_tokens_per_batch and self.max_length and self.max_tokens_per_batch < self.max_length:
+            self._fail(
+                f"a row of max_length {self.max_length} would not fit max_tokens_per_batch {self.max_tokens_per_batch}",
+                "max_tokens_per_batch",
+                "max_length",
+                mend="Lower max_length or raise max_tokens_per_batch",
+            )
+        if self.test_split_size is not None:
+            if self.test_split_size >= 1 and not float(self.test_split_size).is_integer():
+                self._fail("test_split_size must be a share below 1 or a whole number of rows", "test_split_size")
+            for name in ("eval_dataset_name", "dataset_test_split"):
+                if getattr(self, name):
+                    self._fail(f"test_split_size and {name} are both set", "test_split_size", name, mend="Keep one")
+        self._check_best()
+
+    def _check_best(self) -> None:
+        """Which checkpoint is best can only be told where every checkpoint was evaluated."""
+        if not (self.load_best_model_at_end or self.save_strategy == "best"):
+            return
+        name = "load_best_model_at_end" if self.load_best_model_at_end else "save_strategy"
+        if self.eval_strategy == "no":
+            self._fail(f"{name} needs evaluations", name, mend="Set eval_strategy to steps or epoch")
+        if self.save_strategy not in ("best", self.eval_strategy):
+            self._fail(
+                f"{name} with save_strategy {self.save_strategy} and eval_strategy {self.eval_strategy}: "
+                "checkpoints would be saved without being evaluated",
+                name,
+                "save_strategy",
+                "eval_strategy",
+                mend="Make both the same",
+            )
+        if self.save_strategy == "steps" and self.eval_strategy == "steps":
+            every = self.eval_steps or self.logging_steps
+            if every < 1 or self.save_steps < 1:
+                fits = every == self.save_steps
+            else:
+                fits = self.save_steps % every == 0
+            if not fits:
+                self._fail(
+                    f"{name} needs save_steps to be a multiple of eval_steps, got {self.save_steps:g} and {every:g}",
+                    name,
+                    "save_steps",
+                    "eval_steps",
+                )
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: the shared keys and its own."""
+
+    learning_rate: float = key(2e-5, "highest learning rate", low=0, common=True)
+    dataset_text_field: str = key("text", "column that holds plain text")
+    completion_only_loss: bool | None = key(
+        None, "train on the completion only; default: where rows have prompt and completion", common=True
+    )
+    assistant_only_loss: bool = key(False, "train on the assistant's turns only", common=True)
+    packing: bool = key(
+        False, "put several rows into one sequence of max_length; rows never see each other", common=True
+    )
+    packing_strategy: str = key(
+        "bfd",
+        "bfd: whole rows, best fit first; bfd_split: long rows in pieces; wrapped: cut anywhere",
+        choices=("bfd", "bfd_split", "wrapped"),
+    )
+    eval_packing: bool | None = key(None, "pack evaluation rows; default: as packing")
+    shuffle_dataset: bool = key(False, "shuffle the rows before they are packed")
+    loss_type: str = key(
+        "nll",
+        "nll: negative log-likelihood; dft: weighted by the token's own probability (arXiv 2508.05629)",
+        choices=("nll", "dft"),
+    )
+
+    def _check_pairs(self) -> None:
+        super()._check_pairs()
+        for name in ("packing", "eval_packing"):
+            if getattr(self, name) and self.max_length is None:
+                self._fail(f"{name} needs max_length, the length of a pack", name, "max_length")
+
+
+def in_steps(value: float, total: int) -> int:
+    """A number of steps, or below 1 a share of all `total` steps, rounded up, as transformers counts them."""
+    return int(value) if value >= 1 or value == 0 else math.ceil(total * value)

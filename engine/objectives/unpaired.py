@@ -1,0 +1,142 @@
+"""Single completions rated desirable or not: KTO (arXiv 2402.01306), its variant by APO (2408.06266), BCO (2404.04656).
+
+U rated sequences with x = log policy - log reference of the completion, and sign +1 where desirable, -1 where not.
+KTO's estimate of the policy's divergence (the mean of x over completions put after other prompts) and BCO's reward
+shift are those of the whole accumulation window: accumulating over several micro-batches costs one more forward pass of
+each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from burnish.config.preference import BCOConfig, KTOConfig
+from burnish.data.batch import Batch
+from burnish.logprobs import token_scores
+from burnish.model.head import Head
+from burnish.objectives import Metrics, Objective
+from burnish.objectives.sequences import completion_sums, token_share
+
+Reference = Callable[[Batch], Tensor | None]
+
+
+def _signs(desirable: Tensor, like: Tensor) -> Tensor:
+    return torch.full_like(like, -1.0).masked_fill(desirable, 1.0)
+
+
+def kto_losses(ratio: Tensor, desirable: Tensor, kl: Tensor | float, config: KTOConfig) -> Tensor:
+    """weight * s(-sign beta (x - kl)), [U]: 1 less the value of the completion. ratio x [U], desirable [U] bool.
+
+    kl   the divergence, [] and constant; 0 for apo_zero_unpaired
+    """
+    weights = torch.full_like(ratio, config.undesirable_weight).masked_fill(desirable, config.desirable_weight)
+    return weights * (-_signs(desirable, ratio) * config.beta * (ratio - kl)).sigmoid()
+
+
+def bco_losses(ratio: Tensor, desirable: Tensor, shift: Tensor | float, config: BCOConfig) -> Tensor:
+    """-log s(sign (beta x - shift)), [U], with the shift [] constant."""
+    return -F.logsigmoid(_signs(desirable, ratio) * (config.beta * ratio - shift))
+
+
+def divergence(ratios: Tensor) -> Tensor:
+    """KTO's estimate from log-ratios of mismatched completions [M]: their mean, at least 0; 0 for none."""
+    return (ratios.detach().sum() / max(len(ratios), 1)).clamp(min=0)
+
+
+def rated_metrics(rewards: Tensor, logps: Tensor, desirable: Tensor) -> Metrics:
+    """TRL's metrics of rewards and log-probs [U] of the two kinds of completions; a batch may lack one of them."""
+    rewards, logps = rewards.detach(), logps.detach()
+    metrics: Metrics = {}
+    means, there = [], []
+    for name, of_kind in (("chosen", desirable), ("rejected", ~desirable)):
+        number, total = of_kind.sum(), torch.where(of_kind, rewards, 0.0).sum()
+        metrics[f"rewards/{name}"] = (total, number)
+        metrics[f"logps/{name}"] = (torch.where(of_kind, logps, 0.0).sum(), number)
+        means.append(total / number.clamp(min=1))
+        there.append(number > 0)
+    both = (there[0] & there[1]).float()
+    metrics["rewards/margins"] = (both * (means[0] - means[1]), both)
+    return metrics
+
+
+@dataclass
+class _Ratios:
+    """Log-ratios [S] of all sequences of a batch, and the policy's sums that they came from."""
+
+    ratio: Tensor
+    logps: Tensor
+
+
+@dataclass
+class _Window:
+    """The window's divergence or shift [], and the reference's sums of its batches, by the batch's identity."""
+
+    level: Tensor
+    references: dict[int, Tensor | None]
+
+
+def objective(
+    model: nn.Module, head: Head, config: KTOConfig | BCOConfig, reference: Reference | None = None
+) -> Objective:
+    """The objective of a KTOConfig or BCOConfig. reference: batch -> [S] sums of log-probs of all sequences.
+
+    BCO's shift is the mean reward of all rows trained on so far, this window's among them; `state["rewards"]` holds
+    their sum and number. Evaluation reads it and leaves it as it is.
+    """
+    bco = isinstance(config, BCOConfig)
+    state = {"rewards": torch.zeros(2, dtype=torch.float64)} if bco else {}
+
+    def refer(batch: Batch) -> Tensor | None:
+        assert reference is not None, "KTO and BCO need the log-probs of a reference"
+        with torch.no_grad():
+            return reference(batch)
+
+    def ratios(logps: Tensor, batch: Batch, ref: Tensor | None) -> _Ratios:
+        sums = completion_sums(logps, batch)
+        return _Ratios(sums if ref is None else sums - ref.to(sums.dtype), sums)
+
+    def level(all_ratios: list[Tensor], batches: list[Batch]) -> Tensor | float:
+        """The window's divergence (KTO) or shift (BCO), from the log-ratios [S] of its batches."""
+        if bco:
+            rated = torch.cat([r.detach()[b.rated] for r, b in zip(all_ratios, batches, strict=True)])
+            return _shift(state, config.beta * rated)
+        if config.loss_type == "apo_zero_unpaired":
+            return 0.0
+        assert all(batch.mismatched is not None for batch in batches), "KTO needs mismatched completions"
+        return divergence(torch.cat([r[b.mismatched] for r, b in zip(all_ratios, batches, strict=True)]))
+
+    def window(batches: list[Batch]) -> _Window | None:
+        apo = not bco and config.loss_type == "apo_zero_unpaired"
+        if len(batches) == 1 or apo:
+            return None
+        references = {id(batch): refer(batch) for batch in batches}
+        with torch.no_grad():
+            found = [ratios(token_scores(model, head, b).logps, b, references[id(b)]).ratio for b in batches]
+        return _Window(level(found, batches), references)
+
+    def step(batch: Batch, window: _Window | None) -> tuple[Tensor, Metrics]:
+        ref = refer(batch) if window is None else window.references[id(batch)]
+        scores = token_scores(model, head, batch)
+        found = ratios(scores.logps, batch, ref)
+        constant = level([found.ratio], [batch]) if window is None else window.level
+        ratio = found.ratio[batch.rated]
+        losses = (bco_losses if bco else kto_losses)(ratio, batch.desirable, constant, config)
+        metrics = rated_metrics(config.beta * ratio, found.logps[batch.rated], batch.desirable)
+        metrics["delta" if bco else "kl"] = (constant, 1)
+        metrics["entropy"] = token_share(scores.entropy, batch, batch.rated)
+        return losses.sum(), metrics
+
+    return Objective(step, lambda batch: len(batch.rated), window, state)
+
+
+def _shift(state: dict[str, Tensor], rewards: Tensor) -> Tensor:
+    """Mean of all rewards so far, [] in their dtype; in training `rewards` [U] are added to it first."""
+    seen = state["rewards"].to(rewards.device)
+    if torch.is_grad_enabled():
+        added = rewards.double()
+        seen = seen + torch.stack([added.sum(), added.new_tensor(float(len(added)))])
+        state["rewards"] = seen
+    return (seen[0] / seen[1].clamp(min=1)).to(rewards.dtype)

@@ -1,0 +1,104 @@
+"""The README and CONTRIBUTING do what they say: commands exist, YAML loads strictly, Python runs, tests are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from burnish.cli import VERBS
+from burnish.config.fields import SFTConfig
+from burnish.config.load import load
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+BLOCKS = [
+    (name, language, code)
+    for name, text in PAGES.items()
+    for language, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M)
+]
+
+
+def blocks(language: str) -> list:
+    found = [pytest.param(code, id=f"{page}-{i}") for i, (page, name, code) in enumerate(BLOCKS) if name == language]
+    assert found, f"no {language} block"
+    return found
+
+
+def commands() -> list[list[str]]:
+    lines = [line for _, language, code in BLOCKS if language == "bash" for line in code.splitlines() if line.strip()]
+    return [shlex.split(part) for line in lines for part in line.split("&&")]
+
+
+def test_every_block_has_a_language_that_is_checked():
+    assert {language for _, language, _ in BLOCKS} == {"bash", "yaml", "python", "text"}
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_exist(words):
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+        assert set(rest) <= set(targets)
+    elif program == "burnish":
+        assert rest[0] in VERBS
+        overrides = [word for word in rest[1:] if "=" in word]
+        load(SFTConfig, None, overrides)
+        assert set(rest[1:]) - set(overrides) <= {"run.yaml", "--help"}
+    elif program.startswith("."):
+        assert (ROOT / program).stat().st_mode & 0o100
+    else:
+        assert words[:2] == ["pip", "install"]
+
+
+@pytest.mark.parametrize("code", blocks("yaml"))
+def test_yaml_is_a_configuration(code, tmp_path):
+    (tmp_path / "run.yaml").write_text(code)
+    config = load(SFTConfig, tmp_path / "run.yaml")
+    assert sum(origin != "default" for origin in config.origins.values()) == len(re.findall(r"^\w+:", code, flags=re.M))
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code, tmp_path, monkeypatch, tiny_model, chat_file):
+    """As it stands, with only the names of model and data changed."""
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("Qwen/Qwen3-0.6B", tiny_model).replace("train.jsonl", chat_file)
+    names = {"tokens": torch.arange(3, 19).reshape(2, 8)}
+    exec(compile(code, "README.md", "exec"), names)
+    if "trainer" in names:
+        assert names["trainer"].state.global_step == 2 and (tmp_path / "out/script/model.safetensors").exists()
+    else:
+        assert any(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def test_named_files_and_tests_exist():
+    for page, text in PAGES.items():
+        for name in re.findall(r"`((?:tests|benchmarks|engine|kernels)/[\w/.]*)`|\]\((\w+\.md)\)", text):
+            path = ROOT / (name[0] or name[1])
+            assert path.exists(), f"{page}: {path.name}"
+
+
+def test_the_example_mistake_is_what_is_printed(tmp_path, monkeypatch, capsys):
+    from burnish.cli import main
+
+    (line,) = re.findall(r"^burnish: .*$", PAGES["README.md"], flags=re.M)
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("seed: 1\npacking: true\nlearning_rte: 1e-4\n")
+    assert main(["sft", "run.yaml"]) == 2
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_contributing_lists_the_rooms_that_the_architecture_test_holds():
+    listed = re.search(r"Each line may import only.*?holds it:\n(.*?)\.\n", PAGES["CONTRIBUTING.md"], flags=re.S)
+    assert listed
+    rooms = [line.split() for line in re.findall(r"`([a-z ]+)`", listed.group(1))]
+    source = (ROOT / "tests" / "test_architecture.py").read_text()
+    lines = re.search(r"^LINES = \[\n(.*?)^\]", source, flags=re.S | re.M)
+    assert lines
+    held = [re.findall(r'"(\w+)"', line) for line in lines.group(1).splitlines()]
+    assert rooms == [line for line in held if line != ["__main__"]]
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 250
