@@ -106,7 +106,7 @@ def find_checkpoint(run_dir: Path, wanted: str | bool) -> tuple[Path, list[str]]
         if reason := damage(folder):
             raise UserError(reason, where=str(folder), mend="Resume from an earlier checkpoint")
         return folder, []
-    passed_over = []
+    passed_over: list[str] = []
     for folder in reversed(checkpoints(run_dir)):
         reason = damage(folder)
         if not reason:
@@ -166,7 +166,7 @@ def rng_state() -> tuple[dict[str, Tensor], dict]:
     """(tensors, scalars) of every generator that training may draw from: torch (each device), numpy, random."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     scalars = {"python": [version, list(words), gauss], "numpy": [kind, position, has_gauss, cached]}

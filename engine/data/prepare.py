@@ -66,6 +66,7 @@ def prepare(
     examples, report = cached(opened, tokenizer, chosen, cache_dir, build)
     report.template = template_name(config, report.format)
     report.max_length = config.max_length
+    report.cut_to = f"max_length {config.max_length:,}" if config.max_length is not None else ""
     _report_packing(examples, report, config, train)
     report.seconds = time.perf_counter() - started
     return examples, report

@@ -72,24 +72,28 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for the screen, one fact a line, without the topic that the caller puts in the left column."""
         template = f"  template: {self.template}" if self.template else ""
-        facts = [f"{self.rows_read:,} rows  {self.format} format{template}   {self._lengths_line()}"]
-        trained = 100.0 * self.trained_tokens / max(self.tokens, 1)
+        made = f"{_shown(self.quantiles)} tokens"
+        if self.lengths:
+            made = f"{self.units:,} pairs" if self.unit == "pair" else f"{self.desirable:,} of {self.units:,} desirable"
+        facts = [f"{self.rows_read:,} rows  {self.format} format{template}   {made}"]
+        if self.lengths:
+            facts.append("tokens   " + "   ".join(f"{part}: {_shown(values)}" for part, values in self.lengths.items()))
+        trained = f"trained tokens {100.0 * self.trained_tokens / max(self.tokens, 1):.1f}% of {self.tokens:,}"
         facts.append(
-            f"trained tokens {trained:.1f}% of {self.tokens:,}   {self.unit}s dropped {len(self.dropped):,}   "
+            f"{trained}   {self.unit}s dropped {len(self.dropped):,}   "
             f"replies ending in EOS {self.stopped_rows:,}/{self.rows:,}   cut {len(self.cut_rows):,}"
         )
-        if self.unit == "pair":
-            facts.append(f"{self.units:,} pairs")
-        if self.desirable is not None:
-            facts.append(f"{self.units:,} completions   desirable {self.desirable:,}   not {self.units - self.desirable:,}")
-        facts += [f"{part}: {_shown(values)} tokens" for part, values in self.lengths.items()]
         for reason, rows in self.dropped_by_reason().items():
             facts.append(f"dropped {len(rows):,}: {reason} ({name_rows(rows)})")
         if self.cut_rows:
             share = 100.0 * self.trained_lost / max(self.trained_lost + self.trained_tokens, 1)
             facts.append(
-                f"cut to {self.cut_to or f'max_length {self.max_length:,}'}: {len(self.cut_rows):,} rows lost {self.tokens_lost:,} tokens, "
+                f"cut to {self.cut_to}: {len(self.cut_rows):,} rows lost {self.tokens_lost:,} tokens, "
                 f"{self.trained_lost:,} of them trained ({share:.1f}%) ({name_rows(self.cut_rows)})"
+            )
+        if self.equal_rows:
+            facts.append(
+                f"chosen and rejected are equal in {len(self.equal_rows):,} pairs ({name_rows(self.equal_rows)})"
             )
         if self.boundary_moved:
             facts.append(f"prompt tokens merge into the completion in {self.boundary_moved:,} rows: trained from there")
@@ -100,6 +104,10 @@ class DataReport:
         if self.packs is not None and self.fill is not None and self.max_length is not None:
             facts.append(f"packed into {self.packs:,} sequences of {self.max_length:,} ({100 * self.fill:.1f}% full)")
         return facts
+
+
+def _shown(quantiles: dict[str, int]) -> str:
+    return "  ".join(f"{name} {value:,}" for name, value in quantiles.items())
 
 
 def name_rows(numbers: list[int]) -> str:
