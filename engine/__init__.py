@@ -11,7 +11,8 @@ if __name__ != "burnish":
 __version__ = "0.1.0"
 _HOME = {
     "SFTConfig": "burnish.config.fields",
-    "SFTTrainer": "burnish.trainers",
+    **{f"{name}Config": "burnish.config.preference" for name in ("DPO", "CPO", "ORPO", "KTO", "BCO", "Reward")},
+    **{f"{name}Trainer": "burnish.trainers" for name in ("SFT", "DPO", "CPO", "ORPO", "KTO", "BCO", "Reward")},
     "patch": "burnish.model.patch",
     "unpatch": "burnish.model.patch",
     "PatchReport": "burnish.model.patch",

@@ -7,6 +7,7 @@ or data (one line), 130 interrupted.
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from burnish.config.errors import UserError
 
@@ -53,16 +54,17 @@ def _dispatch(argv: list[str]) -> int:
     return VERBS[verb][1](words)
 
 
-def _sft(words: list[str]) -> int:
+def _train(verb: str, words: list[str]) -> int:
     """Train: one YAML file, `key=value` words, or both."""
-    from burnish.config.fields import SFTConfig
+    import burnish
     from burnish.config.load import load
 
+    config_class = getattr(burnish, CONFIGS[verb])
     if not words or words[0] in ("-h", "--help", "--help-all"):
-        print(_keys_help("sft", SFTConfig, everything="--help-all" in words))
+        print(_keys_help(verb, config_class, everything="--help-all" in words))
         return 0
     path = words.pop(0) if "=" not in words[0] and not words[0].startswith("-") else None
-    config = load(SFTConfig, path, words)
+    config = load(config_class, path, words)
     from burnish.run import train
 
     train(config)
@@ -92,15 +94,30 @@ def _env(words: list[str]) -> int:
     return 0
 
 
+CONFIGS = {
+    "sft": "SFTConfig",
+    "dpo": "DPOConfig",
+    "cpo": "CPOConfig",
+    "orpo": "ORPOConfig",
+    "kto": "KTOConfig",
+    "bco": "BCOConfig",
+    "reward": "RewardConfig",
+}
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "sft": ("supervised fine-tuning: burnish sft run.yaml key=value ...", _sft),
+    "sft": ("supervised fine-tuning: burnish sft run.yaml key=value ...", partial(_train, "sft")),
+    "dpo": ("direct preference optimization and its family, on pairs of completions", partial(_train, "dpo")),
+    "cpo": ("contrastive preference optimization, SimPO, AlphaPO: pairs, no reference", partial(_train, "cpo")),
+    "orpo": ("odds-ratio preference optimization: pairs, no reference", partial(_train, "orpo")),
+    "kto": ("Kahneman-Tversky optimization, on completions rated good or bad", partial(_train, "kto")),
+    "bco": ("binary classifier optimization, on completions rated good or bad", partial(_train, "bco")),
+    "reward": ("reward modelling, on pairs of completions", partial(_train, "reward")),
     "demo": ("train a small real chat model on a small real corpus, on any machine, no model hub", _demo),
     "env": ("versions, device, kernel backends", _env),
 }
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:<6}{what}" for name, (what, _) in VERBS.items())
+    verbs = "\n".join(f"  {name:<8}{what}" for name, (what, _) in VERBS.items())
     return (
         "burnish fine-tunes Hugging Face causal language models on its own kernels.\n\n"
         f"usage: burnish VERB [run.yaml] [key=value ...]\n\n{verbs}\n\n"

@@ -15,28 +15,45 @@ import torch
 from torch import nn
 
 from burnish.config.errors import UserError
+from burnish.config.fields import SFTConfig
+from burnish.config.preference import BCOConfig, CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig
 from burnish.data.batch import Batches, Examples
+from burnish.data.preference import prepare_pairs, prepare_unpaired
 from burnish.data.prepare import prepare
 from burnish.data.read import is_stream
+from burnish.data.report import DataReport
 from burnish.data.split import hold_out
 from burnish.data.stream import StreamBatches
+from burnish.kernels import use
 from burnish.kernels.attention import attention_backend
 from burnish.metrics import Log
 from burnish.model.adapters import apply_adapter
 from burnish.model.attention import register
 from burnish.model.head import check_head, read_head
 from burnish.model.isolation import check_isolation
-from burnish.model.load import align, check_vocabulary, load_config, load_model, load_tokenizer
+from burnish.model.load import align, check_vocabulary, drop_dropout, load_config, load_model, load_tokenizer
 from burnish.model.patch import PatchReport, patch
-from burnish.objectives import sft
+from burnish.objectives import Objective, odds, preference, reward, sft, unpaired
 from burnish.optim import cast_parameters
+from burnish.reference import Reference, cache_sums, make_reference
 from burnish.training import Run, RunResult
+
+OBJECTIVES: dict[type, Callable[..., Objective]] = {
+    SFTConfig: sft.objective,
+    DPOConfig: preference.objective,
+    CPOConfig: odds.objective,
+    ORPOConfig: odds.objective,
+    KTOConfig: unpaired.objective,
+    BCOConfig: unpaired.objective,
+    RewardConfig: reward.objective,
+}
 
 
 def assemble(
     config: Any,
     *,
     model: str | nn.Module | None = None,
+    ref_model: str | nn.Module | None = None,
     processing_class: Any = None,
     train_dataset: Any = None,
     eval_dataset: Any = None,
@@ -71,20 +88,22 @@ def assemble(
     batches, eval_batches = _data(config, tokenizer, vocabulary, given, formatting_func, log)
     data_seconds = time.perf_counter() - began
     began = time.perf_counter()
-    network, masters, report = _network(config, model if isinstance(model, nn.Module) else name, device, peft_config)
+    source = model if isinstance(model, nn.Module) else name
+    network, masters, report = _network(config, source, device, peft_config, tokenizer)
     check_vocabulary(tokenizer, network)
-    head = read_head(network)
+    head = None if isinstance(config, RewardConfig) else read_head(network)
+    reference = _reference(config, network, ref_model, device, [batches, eval_batches], log)
+    objective = next(make for kind, make in OBJECTIVES.items() if isinstance(config, kind))
     log.say("kernels", _kernels_line(report, network, device))
     log.say("start", f"data {data_seconds:.1f} s  model {time.perf_counter() - began:.1f} s")
     return Run(
         config,
         network,
         tokenizer,
-        head,
         batches,
         eval_batches,
-        sft.objective(network, head, config),
-        report,
+        objective(network, head, config, reference),
+        reference,
         masters,
         log,
         list(callbacks or ()),
@@ -119,26 +138,43 @@ def _data(
     examples: dict[str, Examples] = {}
     made: dict[str, Batches | StreamBatches] = {}
     for role, (rows, split) in sources.items():
-        common = {"train": role == "train", "formatting_func": formatting_func, "vocab_size": vocabulary}
-        if is_stream(rows):
-            made[role] = StreamBatches(rows, tokenizer, config, **common)
+        if isinstance(config, SFTConfig) and is_stream(rows):
+            options = {"train": role == "train", "formatting_func": formatting_func, "vocab_size": vocabulary}
+            made[role] = StreamBatches(rows, tokenizer, config, **options)
             log.say("data" if role == "train" else "eval", "a stream: rows are read, cut and packed as they come")
             continue
-        named = {"split": split, "config_name": config.dataset_config}
-        examples[role], report = prepare(rows, tokenizer, config, **named, **common)
+        examples[role], report = _tokens(config, tokenizer, vocabulary, rows, split, role == "train", formatting_func)
         for line in report.lines():
             log.say("data" if role == "train" else "eval", line)
     if config.test_split_size is not None:
         if "train" not in examples:
             raise UserError("rows can't be held out of a stream", where="test_split_size", mend="Give eval_dataset")
         examples["train"], examples["eval"] = hold_out(examples["train"], config.test_split_size, config.seed)
-    made |= {role: Batches(rows, config, train=role == "train") for role, rows in examples.items()}
+    form = {
+        "mismatch": isinstance(config, KTOConfig) and config.loss_type == "kto",
+        "label_prompts": isinstance(config, ORPOConfig),
+    }
+    made |= {role: Batches(rows, config, train=role == "train", **form) for role, rows in examples.items()}
     for key in ("eval_strategy", "load_best_model_at_end"):
         if "eval" not in made and getattr(config, key) not in ("no", False):
             raise UserError(
                 f"{key} without evaluation data", where=key, mend="Set eval_dataset_name or test_split_size"
             )
     return made.get("train"), made.get("eval")
+
+
+def _tokens(
+    config: Any, tokenizer: Any, vocabulary: int, rows: Any, split: str, train: bool, formatting_func: Callable | None
+) -> tuple[Examples, DataReport]:
+    """The tokens of one split, in the form that the objective trains on."""
+    common = {"split": split, "config_name": config.dataset_config, "vocab_size": vocabulary}
+    if isinstance(config, SFTConfig):
+        return prepare(rows, tokenizer, config, train=train, formatting_func=formatting_func, **common)
+    if formatting_func is not None:
+        raise UserError("preference rows have no single text to format", where="formatting_func", mend="Leave it out")
+    if isinstance(config, (KTOConfig, BCOConfig)):
+        return prepare_unpaired(rows, tokenizer, config, **common)
+    return prepare_pairs(rows, tokenizer, config, scored=isinstance(config, RewardConfig), **common)
 
 
 def _vocabulary(source: str | nn.Module, trust_remote_code: bool) -> int:
@@ -149,7 +185,7 @@ def _vocabulary(source: str | nn.Module, trust_remote_code: bool) -> int:
 
 
 def _network(
-    config: Any, source: str | nn.Module, device: torch.device, peft_config: Any
+    config: Any, source: str | nn.Module, device: torch.device, peft_config: Any, tokenizer: Any
 ) -> tuple[nn.Module, dict, PatchReport]:
     """The model that will train: loaded or adopted, adapted, cast, patched and proved fit; its masters; the report."""
     adapted = bool(peft_config) or config.use_peft
@@ -157,16 +193,48 @@ def _network(
         model = _adopt(source, device)
     else:
         model = load_model(source, **_load_options(config, device, adapted))
+    if isinstance(config, RewardConfig) and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # transformers' own forward looks for the last real token
     if adapted:
         model = apply_adapter(model, peft_config or config)
+    if getattr(config, "model_adapter_name", None):
+        model.set_adapter(config.model_adapter_name)  # type: ignore[operator]
+    if getattr(config, "disable_dropout", False):
+        drop_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     masters = cast_parameters(model, compute_dtype(config, device)) if config.dtype == "float32" else {}
+    return model, masters, _prove(config, model)
+
+
+def _prove(config: Any, model: nn.Module) -> PatchReport:
+    """Patch the model; raise UserError if its head can't be reproduced or packed sequences see each other in it."""
     report = patch(model, strict=config.strict_patch)
-    if "linear_cross_entropy" not in report.patched:  # else patch has tried it
-        check_head(model, read_head(model))
+    if "linear_cross_entropy" not in report.patched and not isinstance(config, RewardConfig):
+        check_head(model, read_head(model))  # else patch has tried it
     check_isolation(model)
-    return model, masters, report
+    return report
+
+
+def _reference(
+    config: Any, policy: nn.Module, given: str | nn.Module | None, device: torch.device, batches: list, log: Log
+) -> Reference | None:
+    """The reference policy, if the objective has one, its log-probs cached where the configuration says so."""
+    other = load_model(given, **_load_options(config, device, frozen=True)) if isinstance(given, str) else given
+    if isinstance(other, nn.Module):
+        other = _adopt(other, device).requires_grad_(False)
+        cast_parameters(other, next(policy.parameters()).dtype)
+        _prove(config, other)
+    reference = make_reference(config, policy, other)
+    if reference is None:
+        return None
+    log.say("reference", reference.name)
+    if config.precompute_ref_log_probs:
+        with use(config.kernels):
+            for part in batches:
+                if part is not None:
+                    log.say("reference", cache_sums(reference, part, config))
+    return reference
 
 
 def _seed(seed: int) -> None:
@@ -207,10 +275,10 @@ def compute_dtype(config: Any, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _load_options(config: Any, device: torch.device, adapted: bool) -> dict:
+def _load_options(config: Any, device: torch.device, frozen: bool) -> dict:
     """How a model named by the configuration is loaded: a frozen base needs no float32 twin."""
     dtype = config.dtype
-    if dtype == "float32" and adapted and compute_dtype(config, device) == torch.bfloat16:
+    if dtype == "float32" and frozen and compute_dtype(config, device) == torch.bfloat16:
         dtype = "bfloat16"
     return {
         "dtype": dtype,
@@ -218,6 +286,7 @@ def _load_options(config: Any, device: torch.device, adapted: bool) -> dict:
         "trust_remote_code": config.trust_remote_code,
         "model_init_kwargs": config.model_init_kwargs,
         "attn": register(),
+        "scores": isinstance(config, RewardConfig),
     }
 
 

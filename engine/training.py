@@ -5,12 +5,13 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from burnish import checkpoint as disk
 from burnish.config.errors import UserError
@@ -19,10 +20,9 @@ from burnish.data.batch import Batches
 from burnish.kernels import use
 from burnish.loop import Control, Hooks, TrainState, evaluate, fit, total_steps
 from burnish.metrics import Log, clock
-from burnish.model.head import Head
-from burnish.model.patch import PatchReport
 from burnish.objectives import Objective
 from burnish.optim import Updater
+from burnish.reference import Reference
 
 
 @dataclass
@@ -41,11 +41,10 @@ class Run:
     config: Any
     model: nn.Module
     tokenizer: Any
-    head: Head
     batches: Batches | None
     eval_batches: Batches | None
     objective: Objective
-    report: PatchReport
+    reference: Reference | None
     masters: dict
     log: Log
     callbacks: list = field(default_factory=list)
@@ -142,12 +141,17 @@ class Run:
         return target
 
     def _notify(self, event: str, **extra) -> None:
+        syncs = event == "on_step_end" and self.reference is not None and getattr(self.config, "sync_ref_model", False)
+        if syncs and self.state.global_step % self.config.ref_model_sync_steps == 0:
+            self.reference.mix_in(self.model, self.config.ref_model_mixup_alpha)  # type: ignore[union-attr]
         for callback in self.callbacks:
             if (call := getattr(callback, event, None)) is not None:
                 call(self.config, self.state, self.control, model=self.model, processing_class=self.tokenizer, **extra)
 
     def _refuse_overwriting(self) -> None:
         if self.config.overwrite_output_dir:
+            for path in disk.checkpoints(self.folder):  # a later resume must not find them
+                shutil.rmtree(path)
             return
         found = [p.name for p in disk.checkpoints(self.folder)]
         if (self.folder / "metrics.jsonl").exists():
@@ -168,7 +172,10 @@ class Run:
             return
         if better:
             self.state.best_model_checkpoint = str(path)
-        updater_state = ({}, {}) if self.config.save_only_model else updater.state()
+        updater_state: tuple[dict, dict] = ({}, {})
+        if not self.config.save_only_model:
+            tensors, scalars = updater.state()
+            updater_state = ({**tensors, **self._moving()}, scalars)
         disk.save_checkpoint(
             self.folder, self.state.global_step, self.model, self.tokenizer, updater_state, self._described()
         )
@@ -176,6 +183,13 @@ class Run:
         disk.rotate(self.folder, self.config.save_total_limit, Path(best) if best else None)
         self.log.say("saved", str(path))
         self._notify("on_save")
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What else moves as training goes on: the objective's running sums, a reference that follows the policy."""
+        tensors = {f"objective.{name}": value for name, value in self.objective.state.items()}
+        if self.reference is not None and getattr(self.config, "sync_ref_model", False):
+            tensors |= {f"reference.{name}": p.data for name, p in self.reference.model.named_parameters()}
+        return tensors
 
     def _described(self) -> dict:
         """The state, and what it depends on: resuming on other data would not be the same run."""
@@ -219,6 +233,11 @@ class Run:
             )
         disk.load_weights(self.model, source)
         updater.load(tensors, scalars)
+        for name in self.objective.state:
+            self.objective.state[name] = tensors[f"objective.{name}"]
+        for name, value in self._moving().items():
+            if name.startswith("reference."):
+                value.copy_(tensors[name])
         disk.restore_rng(source, rng)
         max_steps = self.state.max_steps
         self.state = TrainState(**stored)

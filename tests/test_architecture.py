@@ -18,7 +18,7 @@ LINES = [
     {"trainers"},
     {"run"},
     {"training"},
-    {"loop"},
+    {"loop", "reference"},
     {"objectives"},
     {"logprobs"},
     {"memory"},

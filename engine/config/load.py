@@ -36,7 +36,7 @@ def load(cls: type[Config], path: str | Path | None = None, overrides: Iterable[
         raise _unknown_keys(unknown, fields)
     given |= {name: (from_text(fields[name], text), COMMAND_LINE) for name, text in words.items()}
     values = {name: value for name, (value, _) in given.items()}
-    config: Any = cls.__new__(cls, **values)
+    config: Any = TrainConfig.__new__(cls, **values)
     config.origins.update({name: origin for name, (_, origin) in given.items()})
     config.__init__(**values)  # after the origins, so that its checks can name file and line
     return config

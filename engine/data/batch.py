@@ -9,8 +9,9 @@ tensor exists: the loop divides by the count of its whole accumulation window.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Batch:
     num_valid: int
     valid: Tensor  # [num_valid] int64, ascending positions t with labels[t] != -100
     rows: list[int]  # [S] source row of each sequence
-    examples: list[int] | None = None  # [S] its number in Examples; of a mismatched one, that of its prompt
+    examples: list[int] = field(default_factory=list)  # [S] its number in Examples; if mismatched, its prompt's
     chosen: Tensor | None = None  # [P] int64, the sequence that is pair p's chosen one
     rejected: Tensor | None = None  # [P] int64
     margin: Tensor | None = None  # [P] float32
@@ -98,7 +99,7 @@ class Batch:
                 value = value.pin_memory()
             return value.to(device, non_blocking=True)
 
-        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        return Batch(**{each.name: move(getattr(self, each.name)) for each in fields(self)})
 
 
 def collate(
@@ -181,7 +182,7 @@ class Batches:
                    to another prompt (see `unpaired.py`). With precompute_ref_log_probs the micro-batches are fixed by
                    the seed here too, so that a row keeps its mismatched completion
     label_prompts  for pairs: the prompts of chosen sequences get labels as well
-    reference      settable; [R] float sums of log-probs under the reference, or with mismatch [R, 2], the second of
+    reference      to be set; [R] float sums of log-probs under the reference, or with mismatch [R, 2], the second of
                    each row's mismatched sequence: `Batch.reference` is looked up here
     """
 
@@ -203,7 +204,7 @@ class Batches:
             seed = config.seed if getattr(config, "data_seed", None) is None else config.data_seed
         self.seed = int(seed)
         self.reference: np.ndarray | None = None
-        self._label_prompts, self._mismatch = label_prompts, mismatch
+        self._label_prompts, self.mismatch = label_prompts, mismatch
         if mismatch:
             check_questions(examples)
         self._cut = (config.max_length, getattr(config, "truncation_mode", "keep_start"))
@@ -258,13 +259,13 @@ class Batches:
 
     def _budget_groups(self, budget: int) -> list[np.ndarray]:
         """Units in (shuffled) order, cut into runs of at most `budget` tokens."""
-        tokens = self._units.tokens * (2 if self._mismatch else 1)  # mismatched sequences are no longer than the rows
+        tokens = self._units.tokens * (2 if self.mismatch else 1)  # mismatched sequences are no longer than the rows
         if (tokens > budget).any():
             unit = int(np.argmax(tokens > budget))
             row = int(self.examples.rows[self._units.pieces[self._units.offsets[unit], 0]])
             what = "one pair" if self.examples.paired else "one sequence"
             raise UserError(
-                f"{int(tokens[unit])} tokens in {what + (' and its mismatched one' if self._mismatch else '')} "
+                f"{int(tokens[unit])} tokens in {what + (' and its mismatched one' if self.mismatch else '')} "
                 f"are more than max_tokens_per_batch={budget}",
                 where=f"row {row}",
                 mend="Raise max_tokens_per_batch or lower max_length",
@@ -298,7 +299,7 @@ class Batches:
             groups, order = self._groups, list(range(len(self._groups)))
             if self._shuffle:
                 order = np.random.default_rng([self.seed, epoch]).permutation(len(groups)).tolist()
-        if not self._mismatch:
+        if not self.mismatch:
             return groups, order, None
         numbers = [self._units.pieces[units, 0] for units in groups]
         return groups, order, Mismatches(self.examples, numbers, *self._cut, tight=self._budget is not None)
@@ -353,10 +354,23 @@ class Batches:
         """The cached sums of sequences, of which the first `count` are whole rows.  [S] float32"""
         assert self.reference is not None
         known = self.reference.reshape(len(self.examples), -1)
-        assert known.shape[1] >= 1 + self._mismatch, "mismatched sequences need sums of their own: [R, 2]"
+        assert known.shape[1] >= 1 + self.mismatch, "mismatched sequences need sums of their own: [R, 2]"
         values = known[numbers, np.arange(len(numbers)) // count].astype(np.float32)
         assert not np.isnan(values).any(), "a row has no cached log-prob"
         return torch.from_numpy(values)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the log-probs of the rows, and of their mismatched sequences, depend on."""
+        digest = hashlib.sha256()
+        for array in (self.examples.ids, self.examples.trained, self.examples.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        if self.mismatch:
+            assert self._groups is not None, "without precompute_ref_log_probs the mismatches change with the epoch"
+            _, _, mismatches = self._plan(0)
+            assert mismatches is not None
+            for number in range(len(self._groups)):
+                digest.update(mismatches.pieces(number).data)
+        return digest.hexdigest()
 
     @property
     def packs(self) -> tuple[int, float]:

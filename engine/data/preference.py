@@ -164,8 +164,9 @@ def _tokenized(
             format = row_format(parts.kind, task)
             if rows is None:
                 rows = RowTokenizer(tokenizer, format, settings, name=source.name, arrow=source.arrow)
-                report.format = f"{' + '.join(parts.sides)} {parts.kind}"
                 present = {key for key, value in block[i].items() if value is not None}
+                columns = ["prompt"] * ("prompt" in present) + list(parts.sides)
+                report.format = f"{' + '.join(columns)} {parts.kind}"
                 report.unused_columns = sorted(present - parts.used)
             elif rows.format != format:
                 raise UserError(

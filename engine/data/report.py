@@ -79,6 +79,8 @@ class DataReport:
         if self.lengths:
             facts.append("tokens   " + "   ".join(f"{part}: {_shown(values)}" for part, values in self.lengths.items()))
         trained = f"trained tokens {100.0 * self.trained_tokens / max(self.tokens, 1):.1f}% of {self.tokens:,}"
+        if self.lengths and "prompt" not in self.lengths:
+            trained = f"scored tokens {self.tokens:,}"
         facts.append(
             f"{trained}   {self.unit}s dropped {len(self.dropped):,}   "
             f"replies ending in EOS {self.stopped_rows:,}/{self.rows:,}   cut {len(self.cut_rows):,}"
@@ -93,7 +95,7 @@ class DataReport:
             )
         if self.equal_rows:
             facts.append(
-                f"chosen and rejected are equal in {len(self.equal_rows):,} pairs ({name_rows(self.equal_rows)})"
+                f"chosen and rejected are equal in {len(self.equal_rows):,} pairs, kept ({name_rows(self.equal_rows)})"
             )
         if self.boundary_moved:
             facts.append(f"prompt tokens merge into the completion in {self.boundary_moved:,} rows: trained from there")

@@ -9,10 +9,11 @@ from burnish.data.batch import Examples
 def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Examples]:
     """(training rows, held-out rows): `size` rows, or below 1 that share of them, drawn by `seed`, in their old order.
 
-    Raises UserError where nothing would be left on one side.
+    Rows are those of the source: both sequences that a pair was made into go the same way. Raises UserError where
+    nothing would be left on one side.
     """
-    new = np.diff(examples.rows, prepend=examples.rows[0] - 1) != 0  # an example of another source row than the last
-    row = np.cumsum(new) - 1  # [R]
+    starts = np.diff(examples.rows, prepend=examples.rows[0] - 1) != 0  # an example of another row than the one before
+    row = np.cumsum(starts) - 1  # [R]
     total = int(row[-1]) + 1
     count = round(total * size) if size < 1 else int(size)
     if not 0 < count < total:
@@ -23,21 +24,25 @@ def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Exam
         )
     held = np.zeros(total, dtype=bool)
     held[np.random.default_rng(seed).permutation(total)[:count]] = True
-    return _rows(examples, np.flatnonzero(~held[row])), _rows(examples, np.flatnonzero(held[row]))
+    return _picked(examples, np.flatnonzero(~held[row])), _picked(examples, np.flatnonzero(held[row]))
 
 
-def _rows(examples: Examples, numbers: np.ndarray) -> Examples:
+def _picked(examples: Examples, numbers: np.ndarray) -> Examples:
     spans = [slice(examples.offsets[n], examples.offsets[n + 1]) for n in numbers]
     offsets = np.zeros(len(numbers) + 1, dtype=np.int64)
     np.cumsum(examples.lengths[numbers], out=offsets[1:])
+
+    def picked(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else values[numbers]
+
     return Examples(
         ids=np.concatenate([examples.ids[span] for span in spans]),
         trained=np.concatenate([examples.trained[span] for span in spans]),
         offsets=offsets,
         rows=examples.rows[numbers],
         paired=examples.paired,
-        prompt=None if examples.prompt is None else examples.prompt[numbers],
+        prompt=picked(examples.prompt),
         margin=None if examples.margin is None else examples.margin[numbers[::2] // 2],
-        desirable=None if examples.desirable is None else examples.desirable[numbers],
-        question=None if examples.question is None else examples.question[numbers],
+        desirable=picked(examples.desirable),
+        question=picked(examples.question),
     )

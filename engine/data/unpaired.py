@@ -37,7 +37,7 @@ def spread(order: np.ndarray, desirable: np.ndarray) -> np.ndarray:
     """
     place = np.empty(len(order))
     for kind in (desirable, ~desirable):
-        number = np.count_nonzero(kind)
+        number = int(kind.sum())
         place[kind] = (np.arange(number) + 0.5) / max(number, 1)
     return order[np.argsort(place, kind="stable")]
 

@@ -24,11 +24,13 @@ def load_model(
     trust_remote_code: bool = False,
     model_init_kwargs: dict | None = None,
     attn: str = "burnish",
+    scores: bool = False,
 ) -> nn.Module:
     """A causal LM in training mode on `device`, from a folder or a hub id.
 
     dtype  of the weights: "float32", "bfloat16", "float16", "auto" (as saved), or a torch.dtype
     attn   transformers' attn_implementation; "burnish" is registered first
+    scores a sequence classifier with one score, for reward modelling; its score layer may be new
     model_init_kwargs  further arguments of from_pretrained; they win over the ones above
 
     Weights are read from safetensors only (a pickle can run code) unless model_init_kwargs says otherwise. Raises
@@ -51,13 +53,17 @@ def load_model(
         from burnish.model.attention import register
 
         register()
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if scores:
+        options["num_labels"] = 1
+    family = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        model, info = family.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # of a dozen libraries' classes: all of them mean that these files don't load
         raise _load_error("model", name, error) from error
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    missing = [key for key in info["missing_keys"] if not (scores and key.startswith("score."))]
+    lacking = sorted(missing) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise UserError(
             f"the checkpoint lacks {len(lacking)} weights of {type(model).__name__} or has them in another shape: "
@@ -204,3 +210,10 @@ def _chat_template(source: str, trust_remote_code: bool) -> str:
     if not template:
         raise UserError("its tokenizer has no chat template", where=source, mend="Give a Jinja file")
     return template
+
+
+def drop_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: with it, a policy differs from the reference that it starts as."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

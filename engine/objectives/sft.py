@@ -27,7 +27,7 @@ def token_metrics(scores: Scores, batch: Batch) -> Metrics:
     }
 
 
-def objective(model: nn.Module, head: Head, config) -> Objective:
+def objective(model: nn.Module, head: Head, config, reference: None = None) -> Objective:
     """The SFT objective named by config.loss_type, as the loop takes it."""
 
     def step(batch: Batch, window: None) -> tuple[Tensor, Metrics]:

@@ -49,6 +49,26 @@ eval_strategy: epoch
 save_strategy: no
 """
 
+PREFER = """\
+# Written by `burnish demo`; after it: burnish dpo {folder}/dpo.yaml
+model_name_or_path: {output}
+dataset_name: {pairs}           # the corpus's reply against the reply to another question
+eval_dataset_name: {held_out_pairs}
+output_dir: {preferred}
+overwrite_output_dir: true
+per_device_train_batch_size: 8
+max_length: 256
+num_train_epochs: 1
+learning_rate: 2e-5
+warmup_steps: 0.1
+gradient_checkpointing: false
+precompute_ref_log_probs: true # one pass before training instead of a second model
+logging_steps: 5
+eval_on_start: true
+eval_strategy: epoch
+save_strategy: no
+"""
+
 
 def demo(folder: str) -> dict[str, Any]:
     """Run the demo into `folder`; prints as it goes and returns what it measured.
@@ -64,7 +84,9 @@ def demo(folder: str) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     _write_rows(out / "train.jsonl", train_rows)
     _write_rows(out / "held_out.jsonl", held_out)
-    (out / "run.yaml").write_text(_run_file(out, model), encoding="utf-8")
+    _write_rows(out / "pairs.jsonl", pairs_of(train_rows))
+    _write_rows(out / "held_out_pairs.jsonl", pairs_of(held_out))
+    _write_run_files(out, model)
     _say("demo", "SmolLM2-135M-Instruct learns the replies of the chatterbot corpus (English), in full float32 weights")
     _say("", f"{len(train_rows)} rows to train on, {len(held_out)} held out: they share no question and no reply")
     _say("", f"the same by hand: burnish sft {out}/run.yaml")
@@ -88,9 +110,12 @@ def demo(folder: str) -> dict[str, Any]:
     return found
 
 
-def _run_file(out: Path, model: Path) -> str:
-    paths = {"model": model, "train": out / "train.jsonl", "held_out": out / "held_out.jsonl", "output": out / "model"}
-    return RUN.format(folder=out, **{name: json.dumps(str(path)) for name, path in paths.items()})
+def _write_run_files(out: Path, model: Path) -> None:
+    files = {name: out / f"{name}.jsonl" for name in ("train", "held_out", "pairs", "held_out_pairs")}
+    paths = {**files, "model": model, "output": out / "model", "preferred": out / "preferred"}
+    quoted = {name: json.dumps(str(path)) for name, path in paths.items()}
+    (out / "run.yaml").write_text(RUN.format(folder=out, **quoted), encoding="utf-8")
+    (out / "dpo.yaml").write_text(PREFER.format(folder=out, **quoted), encoding="utf-8")
 
 
 def _train(run_file: Path) -> None:
@@ -111,6 +136,7 @@ def _report(found: dict[str, Any]) -> None:
         _say("  after", shown["after"])
     _say("model", f"{found['model']}  (AutoModelForCausalLM.from_pretrained reads it)")
     _say("metrics", f"{found['model']}/metrics.jsonl")
+    _say("next", f"burnish dpo {Path(found['model']).parent}/dpo.yaml  (learns to prefer the right reply)")
     _say("took", f"{found['seconds']:.0f} s")
 
 
@@ -222,6 +248,17 @@ def _groups(pairs: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
 
 def _row(question: str, reply: str) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
+def pairs_of(rows: list[dict]) -> list[dict]:
+    """Preference rows: each reply is chosen over the reply of the next row that says something else."""
+    pairs = []
+    for number, row in enumerate(rows):
+        question, reply = row["messages"]
+        others = (rows[(number + step) % len(rows)]["messages"][1] for step in range(1, len(rows)))
+        other = next(o for o in others if normal(o["content"]) != normal(reply["content"]))
+        pairs.append({"prompt": [question], "chosen": [reply], "rejected": [other]})
+    return pairs
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:

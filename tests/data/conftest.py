@@ -74,6 +74,9 @@ def make_config():
             max_steps=-1,
             seed=42,
             data_seed=None,
+            max_prompt_length=None,
+            max_completion_length=None,
+            precompute_ref_log_probs=False,
         )
         assert set(changes) <= set(fields), f"no such field: {set(changes) - set(fields)}"
         return types.SimpleNamespace(**{**fields, **changes})
