@@ -69,6 +69,19 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, 
     return masters
 
 
+def _allocate_state(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's moments now, as its first step would: what doesn't fit fails before the first forward, and they
+    don't end up between activations that come and go (0.5 GiB of 4.5 on a CPU run of SmolLM2-135M)."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group["fused"] or group["capturable"] else "cpu"
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
 class Updater:
     """The trainable parameters of `model` with their optimizer and schedule.
 
@@ -88,6 +101,8 @@ class Updater:
         self.updated = [self._masters.get(p, p) for p in self.parameters]  # what the optimizer steps
         groups = parameter_groups([(n, self._masters.get(p, p)) for n, p in named], config.weight_decay)
         self.optimizer = optimizer or build_optimizer(groups, config)
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            _allocate_state(self.optimizer)
         self.schedule = schedule or build_schedule(self.optimizer, config, num_steps)
 
     def _move_gradient(self, parameter: Tensor) -> None:

@@ -19,6 +19,7 @@ _HOME = {
     "rope": "rope",
     "swiglu": "glu",
     "geglu": "glu",
+    "glu_linear": "glu",
     "linear_logprob": "linear_logprob",
     "linear_cross_entropy": "linear_cross_entropy",
     "varlen_attention": "attention",

@@ -237,6 +237,33 @@ def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return _GatedUnit.apply(gate, up, act, backend)
 
 
+class _GatedLinear(torch.autograd.Function):
+    """The gated unit and the projection after it: the unit's result is made again in backward instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, act: str, backend: str):
+        ctx.save_for_backward(gate, up, weight)
+        ctx.act, ctx.backend = act, backend
+        run = _forward_triton if backend == "triton" else _forward_torch
+        return F.linear(run(gate, up, act), weight, bias)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        forward, backward = (
+            (_forward_triton, _backward_triton) if ctx.backend == "triton" else (_forward_torch, _backward_torch)
+        )
+        flat = grad.reshape(-1, grad.shape[-1])  # [T, O]
+        dweight = flat.t() @ forward(gate, up, ctx.act).reshape(-1, gate.shape[-1]) if needs[2] else None
+        dbias = flat.sum(0) if needs[3] else None
+        dgate = dup = None
+        if needs[0] or needs[1]:
+            dgate, dup = backward(grad @ weight, gate, up, ctx.act, needs[:2])
+        return dgate, dup, dweight, dbias, None, None
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, with silu(g) = g / (1 + exp(-g)): the gated unit of Llama, Qwen, Mistral and most others.
 
@@ -265,3 +292,23 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
     if approximate not in ("tanh", "none"):
         raise ValueError(f"geglu: approximate must be 'tanh' or 'none', got {approximate!r}")
     return _gated(gate, up, GELU_TANH if approximate == "tanh" else GELU_ERF)
+
+
+def glu_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str) -> Tensor:
+    """linear(act(gate) * up, weight, bias): a gated MLP's last two steps, keeping gate and up only.
+
+    gate, up  [..., I] as for `swiglu`; weight [O, I] and bias [O] of the type of gate and up
+    activation  "silu", "gelu_tanh" or "gelu"
+
+    Returns [..., O], equal to the two steps one after the other, gradients too; [..., I] is spared between forward and
+    backward and made a second time in backward. Raises ValueError for shapes that differ and another activation.
+    """
+    acts = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU_ERF}
+    if activation not in acts:
+        raise ValueError(f"glu_linear: activation must be one of {', '.join(acts)}, got {activation!r}")
+    if gate.shape != up.shape:
+        raise ValueError(f"gate and up must have one shape [..., I], got {tuple(gate.shape)} and {tuple(up.shape)}")
+    backend = backend_for(gate)
+    if backend == "reference":
+        return F.linear(_definition(gate, up, acts[activation]), weight, bias)
+    return _GatedLinear.apply(gate, up, weight, bias, acts[activation], backend)

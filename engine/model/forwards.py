@@ -7,16 +7,19 @@ patched model can be moved, copied, adapted and saved like any other. The attrib
 import functools
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from burnish.kernels import linear_cross_entropy, rms_norm
+from burnish.kernels import glu_linear, linear_cross_entropy, rms_norm
 from burnish.model.head import backbone, output_layer, read_head
 from burnish.model.probe import GLU_OPS, Match, glu, rotate
 
 OP = "burnish_op"
+_ACTIVATIONS = {("swiglu", ""): "silu", ("geglu", "tanh"): "gelu_tanh", ("geglu", "none"): "gelu"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -57,12 +60,16 @@ def norm_forward(match: Match) -> Callable:
 
 
 def glu_forward(match: Match) -> Callable:
-    roles = match.settings["roles"]
-    act = GLU_OPS[match.op, match.settings["approximate"]]
+    roles, key = match.settings["roles"], (match.op, match.settings["approximate"])
+    act, activation = GLU_OPS[key], _ACTIVATIONS[key]
 
     def forward(self, *args, **kwargs):
         x = _only(args, kwargs)
-        return glu(x, [getattr(self, name) for name in roles], act)  # called as modules: adapters and hooks count
+        layers = [getattr(self, name) for name in roles]
+        down = layers[-1]
+        if type(down) is not nn.Linear or has_hooks(down) or torch.is_autocast_enabled(x.device.type):
+            return glu(x, layers, act)  # called as modules: adapters and hooks count
+        return glu(x, [*layers[:-1], _identity], partial(_into, down, activation))
 
     return _marked(forward, match.op)
 
@@ -73,13 +80,21 @@ def _only(args: tuple, kwargs: dict) -> Tensor:
     return x
 
 
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _into(down: nn.Linear, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    return glu_linear(gate, up, down.weight, down.bias, activation=activation)
+
+
 def attention_forward(original: Callable, matches: dict[str, Match]) -> Callable:
     """The class's own attention code with other rotary functions: same byte code, its own copy of the globals.
 
     The module's globals and its class stay as they are, so no other model is touched.
     """
     assert isinstance(original, FunctionType)
-    rotary = {name: functools.partial(_rotate, layout=match.settings["layout"]) for name, match in matches.items()}
+    rotary = {name: partial(_rotate, layout=match.settings["layout"]) for name, match in matches.items()}
     forward = FunctionType(
         original.__code__,
         {**original.__globals__, **rotary},

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from burnish import kernels
 from burnish.kernels import backend_for, geglu, glu, swiglu, use
 from burnish.kernels.dispatch import interpreting
 
@@ -214,3 +215,39 @@ def test_mistakes():
         swiglu(torch.zeros(2, 3), torch.zeros(3))
     with pytest.raises(ValueError, match="approximate must be 'tanh' or 'none', got 'erf'"):
         geglu(torch.zeros(2, 3), torch.zeros(2, 3), approximate="erf")
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_glu_linear_is_the_two_steps_to_the_bit(backend, activation, bias):
+    torch.manual_seed(0)
+    gate, up = torch.randn(3, 5, 14, requires_grad=True).chunk(2, -1)
+    leaves = [x.detach().requires_grad_() for x in (gate, up, torch.randn(6, 7))]
+    leaves += [torch.randn(6, requires_grad=True)] if bias else []
+    unit = {
+        "silu": kernels.swiglu,
+        "gelu_tanh": kernels.geglu,
+        "gelu": lambda g, u: kernels.geglu(g, u, approximate="none"),
+    }[activation]
+    upstream = torch.randn(3, 5, 6)
+    with kernels.use(backend):
+        two = torch.nn.functional.linear(unit(*leaves[:2]), *leaves[2:])
+        one = kernels.glu_linear(*leaves, activation=activation)
+        kept = [t for t in one.grad_fn.saved_tensors if t.shape == leaves[0].shape]
+        assert len(kept) == 2, "gate and up are kept, their product is not"
+        expected = torch.autograd.grad(two, leaves, upstream)
+        got = torch.autograd.grad(one, leaves, upstream)
+    assert torch.equal(one, two)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_glu_linear_gives_only_the_gradients_that_are_wanted():
+    gate, up, weight = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.randn(3, 6)
+    kernels.glu_linear(gate, up, weight, activation="silu").sum().backward()
+    assert gate.grad is not None and up.grad is None and weight.grad is None
+    with pytest.raises(ValueError, match="activation must be one of silu"):
+        kernels.glu_linear(gate, up, weight, activation="relu")
+    with pytest.raises(ValueError, match="one shape"):
+        kernels.glu_linear(gate, up[:, :3], weight, activation="silu")
