@@ -10,6 +10,8 @@ import torch
 from burnish.cli import VERBS
 from burnish.config.fields import SFTConfig
 from burnish.config.load import load
+from burnish.config.preference import DPOConfig
+from burnish.verbs import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
@@ -45,11 +47,26 @@ def test_commands_exist(words):
         assert rest[0] in VERBS
         overrides = [word for word in rest[1:] if "=" in word]
         load(SFTConfig, None, overrides)
-        assert set(rest[1:]) - set(overrides) <= {"run.yaml", "--help"}
+        assert set(rest[1:]) - set(overrides) <= {"run.yaml", "--help", "out/demo/dpo.yaml"}
     elif program.startswith("."):
         assert (ROOT / program).stat().st_mode & 0o100
     else:
         assert words[:2] == ["pip", "install"]
+
+
+def test_the_demo_writes_the_files_that_it_names(tmp_path):
+    """run.yaml and dpo.yaml load strictly, and the pairs are right replies over wrong ones."""
+    rows = [demo._row(f"question {n}", f"reply {n // 2}") for n in range(6)]
+    for row, pair in zip(rows, demo.pairs_of(rows), strict=True):
+        question, reply = row["messages"]
+        assert pair["prompt"] == [question] and pair["chosen"] == [reply]
+        assert pair["rejected"][0]["content"] in {r["messages"][1]["content"] for r in rows} - {reply["content"]}
+    demo._write_run_files(tmp_path, tmp_path / "smollm2")
+    first, second = load(SFTConfig, tmp_path / "run.yaml"), load(DPOConfig, tmp_path / "dpo.yaml")
+    assert first.output_dir == second.model_name_or_path and second.output_dir != first.output_dir
+    assert {second.dataset_name, second.eval_dataset_name} == {
+        str(tmp_path / name) for name in ("pairs.jsonl", "held_out_pairs.jsonl")
+    }
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))
