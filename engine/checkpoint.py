@@ -26,7 +26,8 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Weights (adapter only, for a peft model) and tokenizer, as plain `from_pretrained` reads them."""
-    model.save_pretrained(folder)
+    own = {"selected_adapters": [model.active_adapter]} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, **own)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -44,16 +45,19 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, tokenizer, updat
     save_file(rng_tensors, aside / "rng.safetensors")
     written = {**state, "updater": scalars, "rng": rng_scalars}
     (aside / "state.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
-    manifest = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
+    manifest = {str(path.relative_to(aside)): _fingerprint(path) for path in _files(aside)}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in aside.iterdir():
+    for path in [*aside.rglob("*"), aside]:
         _flush(path)
-    _flush(aside)
     if final.exists():
         shutil.rmtree(final)
     os.rename(aside, final)
     _flush(run_dir)
     return final
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _flush(path: Path) -> None:
@@ -126,10 +130,15 @@ def load_state(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put the weights of a checkpoint into `model`, bit for bit. Raises UserError where they don't belong to it."""
-    if (folder / "adapter_model.safetensors").is_file():
+    if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        name = model.active_adapter
+        found = [folder / "adapter_model.safetensors", folder / name / "adapter_model.safetensors"]
+        file = next((path for path in found if path.is_file()), None)
+        if file is None:
+            raise UserError(f"no weights of the adapter {name}", where=str(folder), mend="Is it this run's checkpoint?")
+        set_peft_model_state_dict(model, load_file(file), adapter_name=name)
         return
     own = model.state_dict(keep_vars=True)
     stored: dict[str, Tensor] = {}
@@ -152,14 +161,29 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise UserError(f"weights of {absent[0]} are missing", where=str(folder), mend="Is it this model's checkpoint?")
 
 
-def rotate(run_dir: Path, limit: int | None, keep: Path | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the newest and never `keep` (the best one)."""
+def rotate(run_dir: Path, limit: int | None, keep: list[Path]) -> None:
+    """Delete the oldest checkpoints beyond `limit`, never one of `keep` (the one just written, the best one)."""
     if not limit or limit < 1:
         return
-    found = checkpoints(run_dir)
-    candidates = [path for path in found[:-1] if keep is None or path.resolve() != keep.resolve()]
+    found, kept = checkpoints(run_dir), {path.resolve() for path in keep}
+    candidates = [path for path in found if path.resolve() not in kept]
     for path in candidates[: max(0, len(found) - limit)]:
         shutil.rmtree(path)
+
+
+def set_aside(run_dir: Path, step: int) -> list[str]:
+    """Rename the checkpoints after `step`, which a run resumed there leaves behind; returns a line for each.
+
+    They are damaged, or of a branch that is now given up: neither may be found by the next resume or rotation.
+    """
+    lines = []
+    for path in checkpoints(run_dir):
+        if int(path.name.rpartition("-")[2]) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            lines.append(f"{path} is beyond step {step}, set aside as {target.name}")
+    return lines
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict]:

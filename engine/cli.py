@@ -60,7 +60,7 @@ def _train(verb: str, words: list[str]) -> int:
     from burnish.config.load import load
 
     config_class = getattr(burnish, CONFIGS[verb])
-    if not words or words[0] in ("-h", "--help", "--help-all"):
+    if not words or {"-h", "--help", "--help-all"} & {*words}:
         print(_keys_help(verb, config_class, everything="--help-all" in words))
         return 0
     path = words.pop(0) if "=" not in words[0] and not words[0].startswith("-") else None

@@ -8,15 +8,16 @@ back outside the log gate. `TrainState` is what a checkpoint must hold to go on 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from burnish.config.errors import UserError
 from burnish.config.fields import in_steps
 from burnish.data.batch import Batch, Batches
 from burnish.metrics import Accumulator, Log, memory_gib, peak_flops, step_flops, step_line
+from burnish.model.head import evaluating
 from burnish.objectives import Objective
 from burnish.optim import Updater
 
@@ -62,7 +63,7 @@ class Hooks:
     notify: Callable[..., None] = lambda event, **extra: None
 
 
-class NonFinite(FloatingPointError):
+class NonFinite(UserError):
     """A loss or gradient norm that is not a number: the run stops, and says at which step and on which rows."""
 
 
@@ -196,7 +197,7 @@ def fit(
                 _refuse_non_finite(loss, norm, state, window)
             hooks.notify("on_step_end")
             rate = (time.perf_counter() - began) / (state.global_step - first)
-            _after_step(state, control, config, hooks, log, gate, norm, updater, rate, window)
+            _after_step(state, control, config, hooks, log, gate, loss, norm, updater, rate, window)
             if state.global_step >= state.max_steps or control.should_training_stop or control.should_epoch_stop:
                 break
         ended = window is None or state.micro_batch >= per_epoch or control.should_epoch_stop
@@ -219,12 +220,13 @@ def _refuse_non_finite(loss: Tensor, norm: Tensor, state: TrainState, window: li
         rows = sorted({row for batch in window for row in batch.rows})
         shown = ", ".join(map(str, rows[:8])) + (" ..." if len(rows) > 8 else "")
         raise NonFinite(
-            f"step {state.global_step}: loss {loss.item()}, gradient norm {norm.item()}; rows {shown}. "
-            "Resume from the last checkpoint with a lower learning_rate, or look at those rows"
+            f"loss {loss.item()}, gradient norm {norm.item()}",
+            where=f"step {state.global_step}, rows {shown}",
+            mend="Resume from the last checkpoint with a lower learning_rate, or look at those rows",
         )
 
 
-def _after_step(state, control, config, hooks, log, gate, norm, updater, rate, window) -> None:
+def _after_step(state, control, config, hooks, log, gate, loss, norm, updater, rate, window) -> None:
     """The gates that follow an update: log, evaluate, save."""
     step, last = state.global_step, state.global_step >= state.max_steps
     first = config.logging_first_step and step == 1
@@ -243,6 +245,8 @@ def _after_step(state, control, config, hooks, log, gate, norm, updater, rate, w
         control.should_evaluate = False
         metrics = hooks.evaluate()
     due = config.save_strategy == "steps" and (_every(config.save_steps, state) or last)
+    if hooks.save and (due or control.should_save):
+        _refuse_non_finite(loss, norm, state, window)  # a broken model must not push out a good checkpoint
     if hooks.save and (due or control.should_save or (config.save_strategy == "best" and metrics)):
         control.should_save = False
         hooks.save(metrics)
@@ -256,23 +260,11 @@ def _after_epoch(config, hooks) -> None:
     hooks.notify("on_epoch_end")
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before comes back."""
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was)
-
-
 def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> dict[str, float]:
     """{"eval_loss": ..., "eval_<metric>": ...} over all batches, each weighted by its count. Logits never exist."""
     device = next(model.parameters()).device
     accumulator, began, rows = Accumulator(), time.perf_counter(), 0
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for batch in batches:
             placed = batch.to(device)
             loss_sum, metrics = objective.step(placed, objective.window([placed]))

@@ -44,13 +44,20 @@ def build_schedule(optimizer: torch.optim.Optimizer, config, num_steps: int):
 
     warmup = config.warmup_steps or 0
     warmup = int(warmup) if warmup >= 1 else math.ceil(num_steps * (warmup or config.warmup_ratio or 0.0))
-    return get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=num_steps,
-        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
-    )
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=num_steps,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the schedule {config.lr_scheduler_type} can't be made ({error})",
+            where="lr_scheduler_kwargs",
+            mend="Give the arguments that it needs",
+        ) from error
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, nn.Parameter]:
@@ -100,8 +107,9 @@ class Updater:
             parameter.register_post_accumulate_grad_hook(self._move_gradient)
         self.updated = [self._masters.get(p, p) for p in self.parameters]  # what the optimizer steps
         groups = parameter_groups([(n, self._masters.get(p, p)) for n, p in named], config.weight_decay)
+        assert optimizer is None or not masters, "a caller's optimizer steps the parameters themselves"
         self.optimizer = optimizer or build_optimizer(groups, config)
-        if isinstance(self.optimizer, torch.optim.AdamW):
+        if optimizer is None and isinstance(self.optimizer, torch.optim.AdamW):
             _allocate_state(self.optimizer)
         self.schedule = schedule or build_schedule(self.optimizer, config, num_steps)
 
@@ -126,8 +134,8 @@ class Updater:
             torch.nn.utils.clip_grads_with_norm_(self.updated, limit, norm, foreach=True)
         self.optimizer.step()
         with torch.no_grad():
-            for parameter, master in self._masters.items():
-                parameter.copy_(master)
+            if self._masters:
+                torch._foreach_copy_(list(self._masters), list(self._masters.values()))
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

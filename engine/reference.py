@@ -78,6 +78,14 @@ def make_reference(config: Any, policy: nn.Module, given: nn.Module | None) -> R
             raise UserError("nothing would use the reference model", where="ref_model", mend="Leave it out")
         return None
     adapted = hasattr(policy, "peft_config")
+    if given is policy:
+        raise UserError(
+            "the reference model is the model that is trained", where="ref_model", mend="Leave it out: a copy is made"
+        )
+    if config.sync_ref_model and adapted:
+        raise UserError(
+            "a reference can't follow a policy with adapters", where="sync_ref_model", mend="Train the whole model"
+        )
     if config.ref_adapter_name:
         return _named_adapter(config, policy, adapted)
     if given is not None and adapted and not config.force_use_ref_model:
@@ -125,9 +133,12 @@ def cache_sums(reference: Reference, batches: Batches, config: Any, cache_dir: P
     They are kept in the cache folder under a fingerprint of the reference's weights, the tokens and the settings that
     change a sum, so that no run with other ones reads them.
     """
+    parameter = next(reference.model.parameters())
     settings = {
         "version": _VERSION,
         "weights": reference.fingerprint(),
+        "reference": reference.name,  # one model with its adapter on or off has the same weights
+        "computed on": [str(parameter.device.type), str(parameter.dtype)],
         "ld_alpha": getattr(config, "ld_alpha", None),
         "kernels": config.kernels,
         "batches": batches.fingerprint(),
@@ -141,7 +152,7 @@ def cache_sums(reference: Reference, batches: Batches, config: Any, cache_dir: P
             batches.reference = stored
             return f"log-probs of {shape[0]:,} sequences from {path}"
     sums = np.full(shape, np.nan, dtype=np.float32)
-    device = next(reference.model.parameters()).device
+    device = parameter.device
     for batch in _pass_over(batches, config):
         values = reference(batch.to(device)).cpu().numpy()
         numbers = np.asarray(batch.examples)

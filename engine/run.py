@@ -36,7 +36,7 @@ from burnish.model.patch import PatchReport, patch
 from burnish.objectives import Objective, odds, preference, reward, sft, unpaired
 from burnish.optim import cast_parameters
 from burnish.reference import Reference, cache_sums, make_reference
-from burnish.training import Run, RunResult
+from burnish.training import Run, RunResult, refuse_overwriting
 
 OBJECTIVES: dict[type, Callable[..., Objective]] = {
     SFTConfig: sft.objective,
@@ -75,21 +75,17 @@ def assemble(
     name = model if isinstance(model, str) else config.model_name_or_path
     if model is None and not name:
         raise UserError("no model", where="model_name_or_path", mend="Give a folder or a hub id")
-    tokenizer = processing_class or load_tokenizer(
-        name if name else getattr(model, "name_or_path", ""),
-        trust_remote_code=config.trust_remote_code,
-        chat_template_path=config.chat_template_path,
-        eos_token=config.eos_token,
-        pad_token=config.pad_token,
-    )
+    tokenizer = processing_class or _tokenizer(config, name or getattr(model, "name_or_path", ""))
     began = time.perf_counter()
     vocabulary = _vocabulary(model if isinstance(model, nn.Module) else name, config.trust_remote_code)
-    given = (train_dataset, eval_dataset)
-    batches, eval_batches = _data(config, tokenizer, vocabulary, given, formatting_func, log)
+    batches, eval_batches = _data(config, tokenizer, vocabulary, (train_dataset, eval_dataset), formatting_func, log)
     data_seconds = time.perf_counter() - began
     began = time.perf_counter()
     source = model if isinstance(model, nn.Module) else name
-    network, masters, report = _network(config, source, device, peft_config, tokenizer)
+    network, report = _network(config, source, device, peft_config, tokenizer)
+    # A caller's optimizer holds the parameters as they are: then nothing is cast.
+    casts = config.dtype != "bfloat16" and optimizers[0] is None
+    masters = cast_parameters(network, compute_dtype(config, device)) if casts else {}
     check_vocabulary(tokenizer, network)
     head = None if isinstance(config, RewardConfig) else read_head(network)
     reference = _reference(config, network, ref_model, device, [batches, eval_batches], log)
@@ -113,6 +109,8 @@ def assemble(
 
 def train(config: Any, **objects: Any) -> RunResult:
     """Assemble, train and save the model into config.output_dir: what the command line's training verbs do."""
+    if not config.resume_from_checkpoint:
+        refuse_overwriting(config)  # before the minutes that loading and preparing may take
     run = assemble(config, **objects)
     result = run.train()
     run.log.say("model", str(run.save_model()))
@@ -155,12 +153,22 @@ def _data(
         "label_prompts": isinstance(config, ORPOConfig),
     }
     made |= {role: Batches(rows, config, train=role == "train", **form) for role, rows in examples.items()}
-    for key in ("eval_strategy", "load_best_model_at_end"):
+    for key in ("eval_strategy", "load_best_model_at_end", "eval_on_start"):
         if "eval" not in made and getattr(config, key) not in ("no", False):
             raise UserError(
                 f"{key} without evaluation data", where=key, mend="Set eval_dataset_name or test_split_size"
             )
     return made.get("train"), made.get("eval")
+
+
+def _tokenizer(config: Any, name: str) -> Any:
+    return load_tokenizer(
+        name,
+        trust_remote_code=config.trust_remote_code,
+        chat_template_path=config.chat_template_path,
+        eos_token=config.eos_token,
+        pad_token=config.pad_token,
+    )
 
 
 def _tokens(
@@ -186,8 +194,8 @@ def _vocabulary(source: str | nn.Module, trust_remote_code: bool) -> int:
 
 def _network(
     config: Any, source: str | nn.Module, device: torch.device, peft_config: Any, tokenizer: Any
-) -> tuple[nn.Module, dict, PatchReport]:
-    """The model that will train: loaded or adopted, adapted, cast, patched and proved fit; its masters; the report."""
+) -> tuple[nn.Module, PatchReport]:
+    """The model that will train: loaded or adopted, adapted, patched and proved fit; and the report of the patch."""
     adapted = bool(peft_config) or config.use_peft
     if isinstance(source, nn.Module):
         model = _adopt(source, device)
@@ -196,19 +204,25 @@ def _network(
     if isinstance(config, RewardConfig) and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # transformers' own forward looks for the last real token
     if adapted:
-        model = apply_adapter(model, peft_config or config)
+        model = apply_adapter(model, peft_config or config, scores=isinstance(config, RewardConfig))
     if getattr(config, "model_adapter_name", None):
         model.set_adapter(config.model_adapter_name)  # type: ignore[operator]
     if getattr(config, "disable_dropout", False):
         drop_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    masters = cast_parameters(model, compute_dtype(config, device)) if config.dtype == "float32" else {}
-    return model, masters, _prove(config, model)
+    return model, _prove(config, model)
 
 
 def _prove(config: Any, model: nn.Module) -> PatchReport:
     """Patch the model; raise UserError if its head can't be reproduced or packed sequences see each other in it."""
+    dropout = max((getattr(module, "attention_dropout", 0.0) or 0.0 for module in model.modules()), default=0.0)
+    if dropout:
+        raise UserError(
+            f"attention dropout {dropout}: packed attention has none",
+            where="model",
+            mend="Set model_init_kwargs: {attention_dropout: 0.0}",
+        )
     report = patch(model, strict=config.strict_patch)
     if "linear_cross_entropy" not in report.patched and not isinstance(config, RewardConfig):
         check_head(model, read_head(model))  # else patch has tried it

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -23,6 +24,15 @@ from burnish.metrics import Log, clock
 from burnish.objectives import Objective
 from burnish.optim import Updater
 from burnish.reference import Reference
+
+# What a resumed run may be given otherwise: where things are, how long, how often, how much is logged and kept.
+MAY_CHANGE = frozenset(
+    "output_dir overwrite_output_dir report_to model_name_or_path dataset_name eval_dataset_name dataset_config "
+    "dataset_train_split dataset_test_split max_steps num_train_epochs per_device_eval_batch_size eval_packing "
+    "logging_steps logging_first_step eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
+    "save_only_model load_best_model_at_end metric_for_best_model greater_is_better resume_from_checkpoint use_cpu "
+    "strict_patch trust_remote_code".split()
+)
 
 
 @dataclass
@@ -62,15 +72,21 @@ class Run:
             raise UserError("there is nothing to train on", where="train_dataset", mend="Give a training data set")
         wanted = resume_from_checkpoint or self.config.resume_from_checkpoint
         source, passed_over = disk.find_checkpoint(self.folder, wanted) if wanted else (None, [])
-        if source is None:
-            self._refuse_overwriting()
+        if source is None or source.parent.resolve() != self.folder.resolve():
+            refuse_overwriting(self.config)
         for line in passed_over:
             self.log.warn(line)
+        self._check_best_metric()
         steps = total_steps(self.batches, self.config)
         updater = Updater(self.model, self.masters, self.config, steps, *self.optimizers)
         self.state.max_steps = steps
         if source is not None:
             self._restore(source, updater)
+            for line in disk.set_aside(self.folder, self.state.global_step):
+                self.log.warn(line)
+        else:
+            for path in disk.checkpoints(self.folder):  # overwrite_output_dir: a later resume must not find them
+                shutil.rmtree(path)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
         self.log.path = self.folder / "metrics.jsonl"
@@ -95,9 +111,9 @@ class Run:
                 hooks=hooks,
                 log=self.log,
             )
-        if self.config.load_best_model_at_end and self.state.best_model_checkpoint:
-            disk.load_weights(self.model, Path(self.state.best_model_checkpoint))
-            self.log.say("best", self.state.best_model_checkpoint)
+        if self.config.load_best_model_at_end and self._best is not None:
+            disk.load_weights(self.model, self._best)
+            self.log.say("best", str(self._best))
         return self._finish(time.perf_counter() - began)
 
     def _finish(self, seconds: float) -> RunResult:
@@ -148,22 +164,6 @@ class Run:
             if (call := getattr(callback, event, None)) is not None:
                 call(self.config, self.state, self.control, model=self.model, processing_class=self.tokenizer, **extra)
 
-    def _refuse_overwriting(self) -> None:
-        if self.config.overwrite_output_dir:
-            for path in disk.checkpoints(self.folder):  # a later resume must not find them
-                shutil.rmtree(path)
-            return
-        found = [p.name for p in disk.checkpoints(self.folder)]
-        if (self.folder / "metrics.jsonl").exists():
-            found.append("metrics.jsonl")
-        if found:
-            raise UserError(
-                f"output_dir already holds a run ({found[-1]})",
-                where=str(self.folder),
-                mend="Set resume_from_checkpoint: true to go on, overwrite_output_dir: true to start anew, or another "
-                "output_dir",
-            )
-
     def _save(self, updater: Updater, metrics: dict[str, float] | None) -> None:
         """Write a checkpoint; remember it where it is the best so far; delete old ones beyond the limit."""
         path = self.folder / f"checkpoint-{self.state.global_step}"
@@ -171,7 +171,7 @@ class Run:
         if self.config.save_strategy == "best" and not better:
             return
         if better:
-            self.state.best_model_checkpoint = str(path)
+            self.state.best_model_checkpoint = path.name
         updater_state: tuple[dict, dict] = ({}, {})
         if not self.config.save_only_model:
             tensors, scalars = updater.state()
@@ -179,8 +179,8 @@ class Run:
         disk.save_checkpoint(
             self.folder, self.state.global_step, self.model, self.tokenizer, updater_state, self._described()
         )
-        best = self.state.best_model_checkpoint
-        disk.rotate(self.folder, self.config.save_total_limit, Path(best) if best else None)
+        kept = [path] if self._best is None else [path, self._best]
+        disk.rotate(self.folder, self.config.save_total_limit, kept)
         self.log.say("saved", str(path))
         self._notify("on_save")
 
@@ -192,11 +192,30 @@ class Run:
         return tensors
 
     def _described(self) -> dict:
-        """The state, and what it depends on: resuming on other data would not be the same run."""
-        assert self.batches is not None
-        return {**dataclasses.asdict(self.state), "micro_batches_per_epoch": len(self.batches)}
+        """The state, and what it depends on: with other data or settings, resuming would not be the same run."""
+        settings = {
+            field.name: getattr(self.config, field.name)
+            for field in dataclasses.fields(self.config)
+            if field.name not in MAY_CHANGE
+        }
+        data = self.batches.fingerprint() if isinstance(self.batches, Batches) else "a stream"
+        return {**dataclasses.asdict(self.state), "depends_on": {**settings, "the rows": data}}
 
-    def _is_better(self, metrics: dict[str, float]) -> bool:
+    @property
+    def _best(self) -> Path | None:
+        """The best checkpoint so far, wherever the folder lies now."""
+        name = self.state.best_model_checkpoint
+        return self.folder / name if name else None
+
+    def _check_best_metric(self) -> None:
+        """A metric that evaluations don't have is an error now, not at the first checkpoint."""
+        tracks = self.config.load_best_model_at_end or self.config.save_strategy == "best"
+        if tracks and self.eval_batches is not None:
+            with use(self.config.kernels):
+                self._value(evaluate(self.model, [next(iter(self.eval_batches.epoch(0)))], self.objective))
+
+    def _value(self, metrics: dict[str, float]) -> float:
+        """The metric that decides which checkpoint is best."""
         name = self.config.metric_for_best_model or "loss"
         name = name if name.startswith("eval_") else f"eval_{name}"
         if name not in metrics:
@@ -205,10 +224,15 @@ class Run:
                 where="metric_for_best_model",
                 mend=f"Use one of {', '.join(metrics)}",
             )
+        return metrics[name]
+
+    def _is_better(self, metrics: dict[str, float]) -> bool:
         greater = self.config.greater_is_better
         if greater is None:
-            greater = not name.endswith("loss")
-        value, best = metrics[name], self.state.best_metric
+            greater = not (self.config.metric_for_best_model or "loss").endswith("loss")
+        value, best = self._value(metrics), self.state.best_metric
+        if not math.isfinite(value):
+            return False
         if best is not None and (value <= best if greater else value >= best):
             return False
         self.state.best_metric = value
@@ -225,11 +249,16 @@ class Run:
                 where=str(source),
                 mend="Use it as model_name_or_path",
             )
-        if stored.pop("micro_batches_per_epoch") != len(self.batches):
+        written, now = stored.pop("depends_on"), self._described()["depends_on"]
+        other = [name for name in now if written.get(name) != json.loads(json.dumps(now[name]))]
+        if other:
+            shown = ", ".join(
+                name if name == "the rows" else f"{name} ({written.get(name)}, now {now[name]})" for name in other
+            )
             raise UserError(
-                "the data or batch settings differ from the run that wrote this checkpoint",
+                f"{shown} differ from the run that wrote this checkpoint",
                 where=str(source),
-                mend="Resume with the configuration in output_dir/config.yaml",
+                mend="Resume with the configuration in output_dir/config.yaml, or start anew in another output_dir",
             )
         disk.load_weights(self.model, source)
         updater.load(tensors, scalars)
@@ -243,6 +272,28 @@ class Run:
         self.state = TrainState(**stored)
         self.state.max_steps = max_steps
         self.log.say("resume", f"{source} at step {self.state.global_step} of {max_steps}")
+
+
+def refuse_overwriting(config: Any) -> None:
+    """Raises UserError where a new run would write over another run or over a model."""
+    folder = Path(config.output_dir)
+    named = config.model_name_or_path and Path(config.model_name_or_path).expanduser()
+    if named and named.is_dir() and named.resolve() == folder.resolve():
+        raise UserError(
+            "output_dir is the folder of the model that is trained", where=str(folder), mend="Choose another output_dir"
+        )
+    if config.overwrite_output_dir:
+        return
+    found = [path.name for path in disk.checkpoints(folder)]
+    patterns = ("metrics.jsonl", "config.json", "adapter_config.json", "*.safetensors", "config.yaml")
+    found += [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
+    if found:
+        raise UserError(
+            f"output_dir already holds a run or a model ({found[-1]})",
+            where=str(folder),
+            mend="Set resume_from_checkpoint: true to go on, overwrite_output_dir: true to start anew, or another "
+            "output_dir",
+        )
 
 
 def _trim_log(path: Path, step: int) -> None:

@@ -8,6 +8,7 @@ Shapes: T tokens of all sequences, S sequences, L tokens of one, Hq query heads,
 
 import inspect
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -63,20 +64,26 @@ def _sequence_by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], s
         if softcap is not None or (window is not None and window < qs.shape[0]):
             outs.append(_blocked(qs, ks, vs, scale, window, softcap))
             continue
+        grouped = qs.shape[1] != ks.shape[1]
+        if grouped and qs.is_cuda:  # the memory-efficient kernel takes equal head counts; the fallback scores L x L
+            ks, vs = (x.repeat_interleave(qs.shape[1] // x.shape[1], 1) for x in (ks, vs))
+            grouped = False
         qh, kh, vh = (x.transpose(0, 1).unsqueeze(0) for x in (qs, ks, vs))  # [1, H, L, D]
-        out = F.scaled_dot_product_attention(
-            qh, kh, vh, is_causal=True, scale=scale, enable_gqa=qs.shape[1] != ks.shape[1]
-        )
+        out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped)
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs) if outs else torch.empty_like(q)
 
 
 @lru_cache
 def _importable(module: str) -> bool:
+    """Whether a module is there and can be imported; one that breaks (built for another torch) counts as absent."""
     try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
+        if find_spec(module) is None:
+            return False
+        import_module(module)
+    except (ImportError, OSError):
         return False
+    return True
 
 
 @lru_cache
@@ -98,9 +105,13 @@ def attention_backend(q: Tensor, *, window: int | None = None, softcap: float | 
     if q.dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", f"flash kernels take float16 and bfloat16, not {q.dtype}"
     head_dim = q.shape[-1]
-    if _importable("flash_attn.cute") and torch.cuda.get_device_capability(q.device) >= (9, 0) and head_dim <= 256:
+    major = torch.cuda.get_device_capability(q.device)[0]
+    if major < 8:
+        return "sdpa", f"flash kernels need compute capability 8.0, this GPU has {major}.x"
+    # flash-attn 4 has no backward for packed sequences on Hopper, for other head sizes, or with a softcap.
+    if major in (10, 11) and head_dim in (64, 96, 128) and softcap is None and _importable("flash_attn.cute"):
         return "flash-attn-4", "importable"
-    if _importable("flash_attn.flash_attn_interface") and head_dim <= 256:
+    if head_dim % 8 == 0 and _importable("flash_attn.flash_attn_interface") and head_dim <= 256:
         return "flash-attn-2", "importable"
     takes = _torch_varlen_parameters()
     if not takes:

@@ -103,8 +103,31 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path):
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, keep, left):
     for step in (10, 20, 30, 100):
         write(tmp_path, step)
-    disk.rotate(tmp_path, limit, tmp_path / f"checkpoint-{keep}" if keep else None)
+    disk.rotate(tmp_path, limit, [tmp_path / f"checkpoint-{step}" for step in (100, keep) if step])
     assert [p.name for p in disk.checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+def test_rotation_never_deletes_what_was_just_written(tmp_path):
+    """Resumed at step 2 of a run that had gone to 8: the new checkpoint-3 is older by number and must stay."""
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    assert len(disk.set_aside(tmp_path, 2)) == 3
+    disk.rotate(tmp_path, 1, [write(tmp_path, 3)])
+    assert [p.name for p in disk.checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert disk.find_checkpoint(tmp_path, True)[0].name == "checkpoint-3"
+
+
+def test_files_in_sub_folders_are_held_too(tmp_path):
+    class Nested(Weights):
+        def save_pretrained(self, folder):
+            super().save_pretrained(folder)
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+
+    folder = disk.save_checkpoint(tmp_path, 1, Nested(3, 2), None, ({"x": torch.ones(1)}, {}), {})
+    assert disk.damage(folder) == ""
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messagez }}")
+    assert "tools.jinja" in disk.damage(folder)
 
 
 def test_generators_go_on_where_they_were(tmp_path):

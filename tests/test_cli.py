@@ -168,8 +168,9 @@ class TestDemo:
         from burnish.verbs import demo
 
         out = tmp_path / "a folder: with #signs"
-        (tmp_path / "run.yaml").write_text(demo._run_file(out, Path("C:\\models")))
-        config = load(SFTConfig, tmp_path / "run.yaml")
+        out.mkdir()
+        demo._write_run_files(out, Path("C:\\models"))
+        config = load(SFTConfig, out / "run.yaml")
         assert config.output_dir == str(out / "model") and config.model_name_or_path == "C:\\models"
         assert config.assistant_only_loss and config.save_strategy == "no"
 

@@ -158,6 +158,7 @@ RESUMABLE = {
     "running mean": ("BCO", {}),
     "mismatched completions": ("KTO", {}),
     "new score layer": ("Reward", {}),
+    "new score layer beside an adapter": ("Reward", {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}),
     "adapter": ("DPO", {"use_peft": True, "lora_target_modules": "all-linear", "precompute_ref_log_probs": True}),
 }
 
@@ -203,6 +204,63 @@ def test_mistakes_about_references_are_named(tmp_path, tiny_model, pairs):
     fails("DPO", "no adapter old", given={"ref_adapter_name": "old"})
     with pytest.raises(UserError, match="args is a SFTConfig"):
         burnish.DPOTrainer(tiny_model, args=burnish.SFTConfig("x"), train_dataset=pairs)
+
+
+def test_references_that_could_not_follow_are_refused(tmp_path, tiny_model, pairs):
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def fails(match, model, **given):
+        objects = {name: given.pop(name) for name in ("peft_config", "ref_model") if name in given}
+        config = burnish.DPOConfig(str(tmp_path / "run"), **{**BASE, **given})
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        with pytest.raises(UserError, match=match):
+            burnish.DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer, **objects)
+
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    fails("can't follow a policy with adapters", tiny_model, sync_ref_model=True, peft_config=adapter)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    fails("is the model that is trained", model, ref_model=model)
+
+
+def test_an_adapter_on_or_off_is_another_cached_reference(tmp_path, tiny_model, pairs):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), adapter, adapter_name="policy")
+    model.add_adapter("old", adapter)
+    found = []
+    for given in ({"ref_adapter_name": "old"}, {}):
+        config = burnish.DPOConfig(
+            str(tmp_path / "run"), **BASE, model_adapter_name="policy", precompute_ref_log_probs=True, **given
+        )
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        made = burnish.DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer)
+        found.append(made.run.batches.reference)
+    assert abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_a_named_adapter_is_saved_and_resumed(tmp_path, tiny_model, pairs):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def made():
+        adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(1)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), adapter, adapter_name="policy")
+        config = burnish.DPOConfig(
+            str(tmp_path / "run"), **{**BASE, "save_strategy": "steps", "save_steps": 2}, model_adapter_name="policy"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        return burnish.DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer)
+
+    whole, resumed = made(), made()
+    whole.train()
+    resumed.train(str(tmp_path / "run" / "checkpoint-2"))
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_a_named_adapter_is_the_reference(tmp_path, tiny_model, pairs):

@@ -143,7 +143,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path, tiny_model, chat_file):
     common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "max_steps": 1}
     train(settings(tmp_path / "run", **common))
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a run or a model"):
         train(settings(tmp_path / "run", **common))
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     train(settings(tmp_path / "run", overwrite_output_dir=True, **common))
@@ -176,8 +176,82 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path, tiny_model, chat_file)
 def test_resuming_with_other_data_is_refused(tmp_path, tiny_model, chat_file):
     common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "save_strategy": "steps", "save_steps": 2}
     train(settings(tmp_path / "run", **common))
-    with pytest.raises(UserError, match="differ from the run that wrote"):
-        train(settings(tmp_path / "run", resume_from_checkpoint=True, **{**common, "per_device_train_batch_size": 3}))
+    for other in ({"per_device_train_batch_size": 3}, {"seed": 7}, {"learning_rate": 1e-9}, {"loss_type": "dft"}):
+        with pytest.raises(UserError, match=f"{next(iter(other))} .*differ from the run that wrote"):
+            train(settings(tmp_path / "run", resume_from_checkpoint=True, **{**common, **other}))
+    rows = tmp_path / "other.jsonl"
+    rows.write_text("".join(reversed(Path(chat_file).read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match="the rows differ from the run that wrote"):
+        train(settings(tmp_path / "run", resume_from_checkpoint=True, **{**common, "dataset_name": str(rows)}))
+    train(settings(tmp_path / "run", resume_from_checkpoint=True, **{**common, "logging_steps": 3}))
+
+
+def test_nothing_of_anothers_is_overwritten(tmp_path, tiny_model, chat_file):
+    import shutil
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    common = {"dataset_name": chat_file, "max_steps": 1, "overwrite_output_dir": True}
+    with pytest.raises(UserError, match="the folder of the model"):
+        train(settings(tmp_path / "model", model_name_or_path=str(tmp_path / "model"), **common))
+    with pytest.raises(UserError, match="a run or a model"):
+        other = settings(tmp_path / "model", model_name_or_path=tiny_model, **{**common, "overwrite_output_dir": False})
+        train(other)
+    both = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "save_strategy": "steps", "save_steps": 1}
+    train(settings(tmp_path / "a", **{**both, "max_steps": 2}))
+    train(settings(tmp_path / "b", **{**both, "max_steps": 1}))
+    before = (tmp_path / "b" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="a run or a model"):
+        train(settings(tmp_path / "b", **both, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1")))
+    assert (tmp_path / "b" / "metrics.jsonl").read_text() == before
+
+
+def test_a_failing_start_deletes_nothing(tmp_path, tiny_model, chat_file):
+    common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "max_steps": 1, "save_strategy": "steps"}
+    train(settings(tmp_path / "run", **common))
+    with pytest.raises(UserError, match="warmup_stable_decay can't be made"):
+        train(settings(tmp_path / "run", overwrite_output_dir=True, lr_scheduler_type="warmup_stable_decay", **common))
+    assert (tmp_path / "run" / "checkpoint-1" / "manifest.json").is_file()
+
+
+def test_a_mistyped_metric_is_an_error_before_training(tmp_path, tiny_model, chat_file):
+    given = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "acuracy"}
+    with pytest.raises(UserError, match="eval_acuracy is not among"):
+        train(
+            settings(
+                tmp_path / "run", model_name_or_path=tiny_model, dataset_name=chat_file, test_split_size=4, **given
+            )
+        )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_callers_optimizer_trains(tmp_path, tiny_model, chat_rows):
+    """Under bfloat16 too: no float32 masters may come between the optimizer and the parameters that it holds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, amsgrad=True)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    args = settings(tmp_path, bf16=True, max_steps=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    trainer = SFTTrainer(
+        model, args, train_dataset=chat_rows, processing_class=tokenizer, optimizers=(optimizer, schedule)
+    )
+    trainer.train()
+    assert all(not torch.equal(p.float(), before[name]) for name, p in model.named_parameters())
+
+
+def test_attention_dropout_is_refused_before_training(tmp_path, tiny_model, chat_rows):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attention_dropout=0.1)
+    with pytest.raises(UserError, match="attention dropout"):
+        SFTTrainer(
+            model,
+            settings(tmp_path),
+            train_dataset=chat_rows,
+            processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        )
 
 
 @pytest.mark.parametrize(

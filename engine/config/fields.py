@@ -196,6 +196,8 @@ class TrainConfig:
                 "report_to",
                 mend="Use none: every metric is in output_dir/metrics.jsonl",
             )
+        if self.dtype == "bfloat16" and self.bf16 is False:
+            self._fail("dtype bfloat16 with bf16 false", "dtype", "bf16", mend="Delete bf16, or set dtype to float32")
         if self.warmup_steps and self.warmup_ratio:
             self._fail("warmup_steps and warmup_ratio are both set", "warmup_steps", "warmup_ratio", mend="Keep one")
         if self.max_steps == 0:

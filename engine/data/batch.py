@@ -223,6 +223,12 @@ class Batches:
             self._groups = self._budget_groups(self._budget)
         elif mismatch and getattr(config, "precompute_ref_log_probs", False):
             self._groups = self._sized_groups(self._order(1 << 21))
+        if len(self) == 0:
+            raise UserError(
+                f"{len(self._units)} rows or packs don't fill one batch, and dataloader_drop_last is on",
+                where="dataloader_drop_last",
+                mend="Turn it off or lower per_device_train_batch_size",
+            )
 
     def _make_units(self, config: Any, train: bool) -> Packs:
         packing = bool(getattr(config, "packing", False))
@@ -364,8 +370,7 @@ class Batches:
         digest = hashlib.sha256()
         for array in (self.examples.ids, self.examples.trained, self.examples.offsets):
             digest.update(np.ascontiguousarray(array).data)
-        if self.mismatch:
-            assert self._groups is not None, "without precompute_ref_log_probs the mismatches change with the epoch"
+        if self.mismatch and self._groups is not None:  # else they change with the epoch, and nothing is cached
             _, _, mismatches = self._plan(0)
             assert mismatches is not None
             for number in range(len(self._groups)):

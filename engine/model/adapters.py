@@ -8,13 +8,16 @@ from typing import Any
 from torch import nn
 
 from burnish.config.errors import UserError
+from burnish.model.head import output_layer
 
 
-def apply_adapter(model: nn.Module, source: Any) -> nn.Module:
+def apply_adapter(model: nn.Module, source: Any, *, scores: bool = False) -> nn.Module:
     """`model` inside a PeftModel, its own parameters frozen.
 
     source  a peft config, or a burnish config with the fields lora_r, lora_alpha, lora_dropout, lora_target_modules,
             lora_modules_to_save, use_rslora and use_dora
+
+    scores  the model is a reward model: its new score layer is trained and saved beside the adapters
 
     Works on a patched model and on one that is patched afterwards. Raises UserError for target modules that the model
     does not have, for an output layer with LoRA (the fused head can't train it; modules_to_save can), and for a
@@ -26,7 +29,13 @@ def apply_adapter(model: nn.Module, source: Any) -> nn.Module:
         raise UserError(
             "the model has an adapter already", where="peft_config", mend="Merge it first, or leave this out"
         )
-    config = source if isinstance(source, peft.PeftConfig) else lora_config(source)
+    config = source if isinstance(source, peft.PeftConfig) else lora_config(source, scores)
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{type(config).__name__} puts virtual tokens into the input, which packed rows have no place for",
+            where="peft_config",
+            mend="Use LoRA or another adapter on the weights",
+        )
     try:
         adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
@@ -36,21 +45,20 @@ def apply_adapter(model: nn.Module, source: Any) -> nn.Module:
             where="lora_target_modules",
             mend="Name linear layers of the model, or use all-linear",
         ) from error
-    from burnish.model.head import output_layer
-
-    output_layer(adapted)  # refuses LoRA on the head now, by name, instead of at the first batch
+    if not scores:
+        output_layer(adapted)  # refuses LoRA on the head now, by name, instead of at the first batch
     return adapted
 
 
-def lora_config(config: Any) -> Any:
-    """peft's LoraConfig for a causal LM from the lora fields of a burnish config."""
+def lora_config(config: Any, scores: bool = False) -> Any:
+    """peft's LoraConfig for a causal LM, or a reward model, from the lora fields of a burnish config."""
     import peft
 
     targets = config.lora_target_modules
     if targets == ["all-linear"]:
         targets = "all-linear"  # peft knows it as a string only; in a list it would be a module's name
     return peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
