@@ -214,7 +214,7 @@ def sweep(
     if backend == "torch":
         from burnish.kernels.head_rows import Step
     else:
-        from burnish.kernels.head_triton import Step
+        from burnish.kernels.head_triton import Step  # type: ignore[assignment]
     n, (vocab, hidden) = x.shape[0], weight.shape
     work = work_dtype(x, weight)
     rows = rows_per_chunk(n, hidden, vocab, x.device)

@@ -151,6 +151,7 @@ def _prompt(
     given = kind_of(prompt) if prompt or isinstance(prompt, str) else "none"
     whole = len(found) == 2 and kind == "messages" and found["chosen"][0] == found["rejected"][0]
     if given == kind:
+        assert prompt is not None
         return (list(prompt) if kind == "messages" else prompt), {
             name: list(value) if kind == "messages" else value for name, value in found.items()
         }

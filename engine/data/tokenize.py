@@ -160,8 +160,8 @@ class RowTokenizer:
         prompt_ids = self.encode(prompts, special=False)
         whole_ids, flags = self._chat_tokens(chats, arguments, wholes, where)
         result = []
-        for prompt, whole, flag in zip(prompt_ids, whole_ids, flags, strict=True):
-            tokens = self._completion(prompt, whole)
+        for asked, whole, flag in zip(prompt_ids, whole_ids, flags, strict=True):
+            tokens = self._completion(asked, whole)
             tokens.trained &= flag
             result.append(tokens)
         return result
