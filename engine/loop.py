@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from burnish.config.errors import UserError
 from burnish.config.fields import in_steps
 from burnish.data.batch import Batch, Batches
+from burnish.data.stream import StreamBatches
 from burnish.metrics import Accumulator, Log, memory_gib, peak_flops, step_flops, step_line
 from burnish.model.head import evaluating
 from burnish.objectives import Objective
@@ -67,11 +68,11 @@ class NonFinite(UserError):
     """A loss or gradient norm that is not a number: the run stops, and says at which step and on which rows."""
 
 
-def steps_per_epoch(batches: Batches, config) -> int:
+def steps_per_epoch(batches: Batches | StreamBatches, config) -> int:
     return math.ceil(len(batches) / config.gradient_accumulation_steps)
 
 
-def total_steps(batches: Batches, config) -> int:
+def total_steps(batches: Batches | StreamBatches, config) -> int:
     """Updates of the whole run: max_steps, or num_train_epochs passes."""
     if config.max_steps > 0:
         return config.max_steps
@@ -83,7 +84,7 @@ def _every(interval: float, state: TrainState) -> bool:
     return state.global_step % max(1, in_steps(interval, state.max_steps)) == 0
 
 
-def _windows(batches: Batches, state: TrainState, size: int) -> Iterator[list[Batch]]:
+def _windows(batches: Batches | StreamBatches, state: TrainState, size: int) -> Iterator[list[Batch]]:
     """The rest of the current epoch in windows of `size` micro-batches (the last may hold fewer)."""
     window: list[Batch] = []
     for batch in batches.epoch(state.epoch_index, skip=state.micro_batch):
@@ -159,7 +160,7 @@ def _train_window(window: list[Batch], objective: Objective, device, gate: _Gate
 
 def fit(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | StreamBatches,
     objective: Objective,
     updater: Updater,
     config,

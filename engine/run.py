@@ -137,8 +137,14 @@ def _data(
     made: dict[str, Batches | StreamBatches] = {}
     for role, (rows, split) in sources.items():
         if isinstance(config, SFTConfig) and is_stream(rows):
-            options = {"train": role == "train", "formatting_func": formatting_func, "vocab_size": vocabulary}
-            made[role] = StreamBatches(rows, tokenizer, config, **options)
+            made[role] = StreamBatches(
+                rows,
+                tokenizer,
+                config,
+                train=role == "train",
+                formatting_func=formatting_func,
+                vocab_size=vocabulary,
+            )
             log.say("data" if role == "train" else "eval", "a stream: rows are read, cut and packed as they come")
             continue
         examples[role], report = _tokens(config, tokenizer, vocabulary, rows, split, role == "train", formatting_func)

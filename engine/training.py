@@ -18,6 +18,7 @@ from burnish import checkpoint as disk
 from burnish.config.errors import UserError
 from burnish.config.load import dump
 from burnish.data.batch import Batches
+from burnish.data.stream import StreamBatches
 from burnish.kernels import use
 from burnish.loop import Control, Hooks, TrainState, evaluate, fit, total_steps
 from burnish.metrics import Log, clock
@@ -51,8 +52,8 @@ class Run:
     config: Any
     model: nn.Module
     tokenizer: Any
-    batches: Batches | None
-    eval_batches: Batches | None
+    batches: Batches | StreamBatches | None
+    eval_batches: Batches | StreamBatches | None
     objective: Objective
     reference: Reference | None
     masters: dict

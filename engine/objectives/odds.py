@@ -21,6 +21,7 @@ from burnish.objectives.sequences import (
     completion,
     completion_sums,
     counts,
+    num_pairs,
     pair_metrics,
     pairs_per_token,
     power_reward,
@@ -79,12 +80,12 @@ def cpo(logps: Tensor, batch: Batch, config: CPOConfig, per_token: Tensor | None
     sums, tokens = completion_sums(logps, batch), counts(completion(batch), batch)
     inputs = sums if config.loss_type in ("sigmoid", "hinge") else averages(sums, tokens)
     chosen, rejected = inputs[batch.chosen], inputs[batch.rejected]
-    losses, *rewards = cpo_losses(chosen, rejected, config)
+    losses, chosen_rewards, rejected_rewards = cpo_losses(chosen, rejected, config)
     nll, number = _likelihood(logps, batch, completion(batch))
     if config.cpo_alpha:
         per_token = pairs_per_token([batch]) if per_token is None else per_token
         losses = losses + config.cpo_alpha * nll * per_token
-    metrics = pair_metrics(*rewards, (chosen, rejected))
+    metrics = pair_metrics(chosen_rewards, rejected_rewards, (chosen, rejected))
     metrics["nll_loss"] = (nll.detach().sum(), number.sum())
     return losses.sum(), len(chosen), metrics
 
@@ -114,7 +115,7 @@ def objective(model: nn.Module, head: Head, config: CPOConfig | ORPOConfig, refe
 
     def step(batch: Batch, per_token: Tensor | None) -> tuple[Tensor, Metrics]:
         scores = token_scores(model, head, batch)
-        loss_sum, _, metrics = loss(scores.logps, batch, config, per_token)
+        loss_sum, _, metrics = loss(scores.logps, batch, config, per_token)  # type: ignore[arg-type]
         return loss_sum, {**metrics, **score_metrics(scores, batch)}
 
-    return Objective(step, lambda batch: len(batch.chosen), window)
+    return Objective(step, num_pairs, window)

@@ -28,6 +28,7 @@ from burnish.objectives.sequences import (
     completion,
     completion_sums,
     counts,
+    num_pairs,
     pair_metrics,
     pairs_per_token,
     power_reward,
@@ -295,7 +296,7 @@ def dpo(
     metrics = pair_metrics(*rewards, (pairs.chosen, pairs.rejected))
     if "sft" in config.loss_type or config.rpo_alpha:
         metrics["nll_loss"] = (pairs.chosen_nll.detach().sum(), pairs.chosen_tokens.sum())
-    return losses.sum(), len(batch.chosen), metrics
+    return losses.sum(), num_pairs(batch), metrics
 
 
 @dataclass
@@ -347,4 +348,4 @@ def objective(model: nn.Module, head: Head, config: DPOConfig, reference: Refere
         loss, _, metrics = dpo(scores.logps, batch, config, ref, shared, weights)
         return loss, {**metrics, **score_metrics(scores, batch)}
 
-    return Objective(step, lambda batch: len(batch.chosen), window)
+    return Objective(step, num_pairs, window)

@@ -10,6 +10,7 @@ from burnish.data.batch import Batch
 from burnish.logprobs import hidden_states
 from burnish.model.head import causal_lm
 from burnish.objectives import Metrics, Objective
+from burnish.objectives.sequences import num_pairs
 
 
 def reward_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None, config: RewardConfig) -> Tensor:
@@ -63,4 +64,4 @@ def objective(model: nn.Module, head: None, config: RewardConfig, reference: Non
         loss, _, metrics = reward(sequence_scores(model, batch), batch, config)
         return loss, metrics
 
-    return Objective(step, lambda batch: len(batch.chosen))
+    return Objective(step, num_pairs)

@@ -21,6 +21,16 @@ def completion(batch: Batch) -> Tensor:
     return labelled if batch.completion is None else labelled & batch.completion
 
 
+def num_pairs(batch: Batch) -> int:
+    assert batch.chosen is not None, "a batch of pairs"
+    return len(batch.chosen)
+
+
+def num_rated(batch: Batch) -> int:
+    assert batch.rated is not None, "a batch of rated completions"
+    return len(batch.rated)
+
+
 def counts(wanted: Tensor, batch: Batch) -> Tensor:
     """Number of `wanted` [T] positions in each sequence, [S] int64."""
     running = F.pad(wanted.cumsum(0), (1, 0))  # [T + 1]
@@ -88,7 +98,7 @@ def pairs_per_token(batches: list[Batch], wanted=completion) -> Tensor:
     Times sums over such tokens [P] it gives what, divided by the pairs, is the token mean over the window.
     """
     tokens = torch.stack([counts(wanted(batch), batch)[batch.chosen].sum() for batch in batches]).sum()
-    return sum(len(batch.chosen) for batch in batches) / tokens.clamp(min=1).double()
+    return sum(num_pairs(batch) for batch in batches) / tokens.clamp(min=1).double()
 
 
 def token_share(values: Tensor, batch: Batch, sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from burnish.data.batch import Batch
 from burnish.logprobs import token_scores
 from burnish.model.head import Head
 from burnish.objectives import Metrics, Objective
-from burnish.objectives.sequences import completion_sums, token_share
+from burnish.objectives.sequences import completion_sums, num_rated, token_share
 
 Reference = Callable[[Batch], Tensor | None]
 
@@ -87,6 +87,7 @@ def objective(
     their sum and number. Evaluation reads it and leaves it as it is.
     """
     bco = isinstance(config, BCOConfig)
+    apo = isinstance(config, KTOConfig) and config.loss_type == "apo_zero_unpaired"
     state = {"rewards": torch.zeros(2, dtype=torch.float64)} if bco else {}
 
     def refer(batch: Batch) -> Tensor | None:
@@ -103,13 +104,12 @@ def objective(
         if bco:
             rated = torch.cat([r.detach()[b.rated] for r, b in zip(all_ratios, batches, strict=True)])
             return _shift(state, config.beta * rated)
-        if config.loss_type == "apo_zero_unpaired":
+        if apo:
             return 0.0
         assert all(batch.mismatched is not None for batch in batches), "KTO needs mismatched completions"
         return divergence(torch.cat([r[b.mismatched] for r, b in zip(all_ratios, batches, strict=True)]))
 
     def window(batches: list[Batch]) -> _Window | None:
-        apo = not bco and config.loss_type == "apo_zero_unpaired"
         if len(batches) == 1 or apo:
             return None
         references = {id(batch): refer(batch) for batch in batches}
@@ -123,13 +123,17 @@ def objective(
         found = ratios(scores.logps, batch, ref)
         constant = level([found.ratio], [batch]) if window is None else window.level
         ratio = found.ratio[batch.rated]
-        losses = (bco_losses if bco else kto_losses)(ratio, batch.desirable, constant, config)
+        assert batch.desirable is not None
+        if isinstance(config, BCOConfig):
+            losses = bco_losses(ratio, batch.desirable, constant, config)
+        else:
+            losses = kto_losses(ratio, batch.desirable, constant, config)
         metrics = rated_metrics(config.beta * ratio, found.logps[batch.rated], batch.desirable)
         metrics["delta" if bco else "kl"] = (constant, 1)
         metrics["entropy"] = token_share(scores.entropy, batch, batch.rated)
         return losses.sum(), metrics
 
-    return Objective(step, lambda batch: len(batch.rated), window, state)
+    return Objective(step, num_rated, window, state)
 
 
 def _shift(state: dict[str, Tensor], rewards: Tensor) -> Tensor:
