@@ -94,6 +94,33 @@ def _env(words: list[str]) -> int:
     return 0
 
 
+def _report(words: list[str]) -> int:
+    if len(words) != 1 or words[0].startswith("-"):
+        return _usage(words, "report RUN", "Writes report.html and report.md into a run's folder, from the files there.")
+    from burnish.verbs.report import report
+
+    for path in report(words[0]):
+        print(path)
+    return 0
+
+
+def _compare(words: list[str]) -> int:
+    if len(words) != 2 or words[0].startswith("-"):
+        return _usage(words, "compare RUN RUN", "Shows what two runs were given differently and what came of it.")
+    from burnish.verbs.compare import compare
+
+    print(compare(*words))
+    return 0
+
+
+def _usage(words: list[str], usage: str, what: str) -> int:
+    """Help for a verb that takes only names; a UserError where other words were given."""
+    if words and words[0] not in ("-h", "--help"):
+        raise UserError(f"got {' '.join(words)}", where="command line", mend=f"Run: burnish {usage}")
+    print(f"burnish {usage}\n\n{what}")
+    return 0
+
+
 CONFIGS = {
     "sft": "SFTConfig",
     "dpo": "DPOConfig",
@@ -111,6 +138,8 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "kto": ("Kahneman-Tversky optimization, on completions rated good or bad", partial(_train, "kto")),
     "bco": ("binary classifier optimization, on completions rated good or bad", partial(_train, "bco")),
     "reward": ("reward modelling, on pairs of completions", partial(_train, "reward")),
+    "report": ("one page of a finished or running run, as HTML and Markdown: burnish report RUN", _report),
+    "compare": ("two runs beside each other: burnish compare RUN RUN", _compare),
     "demo": ("train a small real chat model on a small real corpus, on any machine, no model hub", _demo),
     "env": ("versions, device, kernel backends", _env),
 }

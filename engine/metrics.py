@@ -76,12 +76,26 @@ def memory_gib() -> float:
 
 
 class Log:
-    """metrics.jsonl and the console. Reads nothing back; a run resumed appends."""
+    """metrics.jsonl, the console, and log.txt, which has the console's lines again. Reads nothing back.
+
+    What is said before the run's folder is known is held, and written when `open` names the folder; a resumed run
+    appends.
+    """
 
     def __init__(self, run_dir: Path | None, quiet: bool = False):
-        self.path = run_dir / "metrics.jsonl" if run_dir else None
+        self.path: Path | None = None
         self.quiet = quiet
         self.started = time.perf_counter()
+        self._held: list[str] = []
+        if run_dir is not None:
+            self.open(run_dir)
+
+    def open(self, run_dir: Path) -> None:
+        """From now on write into `run_dir`, first the lines held so far."""
+        self.path = run_dir / "metrics.jsonl"
+        held, self._held = self._held, []
+        for line in held:
+            self.keep(line)
 
     def write(self, record: dict) -> None:
         """Append one record to metrics.jsonl."""
@@ -91,11 +105,22 @@ class Log:
 
     def say(self, topic: str, text: str) -> None:
         """One fact on one console line: the topic in the left column."""
+        line = f"{topic:<8} {text}"
         if not self.quiet:
-            print(f"{topic:<8} {text}", flush=True)
+            print(line, flush=True)
+        self.keep(line)
 
     def warn(self, text: str) -> None:
         print(f"burnish: {text}", file=sys.stderr, flush=True)
+        self.keep(f"warning  {text}")
+
+    def keep(self, line: str) -> None:
+        """One line into log.txt only."""
+        if self.path is None:
+            self._held.append(line)
+        else:
+            with self.path.with_name("log.txt").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def step_line(step: int, max_steps: int, record: dict, seconds_left: float) -> str:

@@ -5,6 +5,7 @@ before anything is written. `train(config)` assembles, trains and saves: the who
 """
 
 import ctypes
+import importlib.metadata
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -70,6 +71,8 @@ def assemble(
     _seed(config.seed)
     device = device_for(config)
     log.say("burnish", f"{config.output_dir}  {describe_device(device)}, torch {torch.__version__}")
+    log.keep(f"{'verb':<8} {type(config).__name__.removesuffix('Config').lower()}")
+    log.keep(f"{'versions':<8} {_versions()}")
     if device.type == "cpu" and keep_freed_memory():
         log.say("memory", "freed memory stays with this process (malloc): page faults took a quarter of a CPU step")
     name = model if isinstance(model, str) else config.model_name_or_path
@@ -280,6 +283,20 @@ def keep_freed_memory() -> bool:
 def device_for(config: Any) -> torch.device:
     """CUDA where there is one and use_cpu doesn't forbid it."""
     return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
+def _versions() -> str:
+    """What the figures of this run depend on, for log.txt."""
+    names = ("burnish", "torch", "triton", "transformers", "datasets", "peft", "safetensors")
+    found = {name: _version(name) for name in names}
+    return "  ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def describe_device(device: torch.device) -> str:

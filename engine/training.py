@@ -90,8 +90,8 @@ class Run:
                 shutil.rmtree(path)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-        self.log.path = self.folder / "metrics.jsonl"
-        _trim_log(self.log.path, self.state.global_step)
+        _trim_log(self.folder / "metrics.jsonl", self.state.global_step)
+        self.log.open(self.folder)
         began = time.perf_counter()
         hooks = Hooks(
             evaluate=self.evaluate if self.eval_batches is not None else None,

@@ -78,7 +78,7 @@ def test_debug_shows_the_traceback(tmp_path):
     ("words", "message"),
     [
         (["stf"], "command line: unknown verb stf. Did you mean sft?"),
-        (["fly"], "command line: unknown verb fly. Verbs: sft dpo cpo orpo kto bco reward demo env"),
+        (["fly"], f"command line: unknown verb fly. Verbs: {' '.join(cli.VERBS)}"),
         (["sft", "none.yaml"], "none.yaml: no such file. Name a YAML file, or give key=value words"),
         (["sft", "--seed", "1"], "command line: '--seed' is not key=value. Write seed=VALUE"),
         (["sft", "seed=1", "run.yaml"], "command line: 'run.yaml' is not key=value. Write run.yaml=VALUE"),
