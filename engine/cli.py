@@ -96,7 +96,9 @@ def _env(words: list[str]) -> int:
 
 def _report(words: list[str]) -> int:
     if len(words) != 1 or words[0].startswith("-"):
-        return _usage(words, "report RUN", "Writes report.html and report.md into a run's folder, from the files there.")
+        return _usage(
+            words, "report RUN", "Writes report.html and report.md into a run's folder, from the files there."
+        )
     from burnish.verbs.report import report
 
     for path in report(words[0]):
@@ -110,6 +112,26 @@ def _compare(words: list[str]) -> int:
     from burnish.verbs.compare import compare
 
     print(compare(*words))
+    return 0
+
+
+def _merge(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        return _usage(words, "merge RUN [dataset_name=FILE]", "Merges a run's adapter into its base, into RUN/merged.")
+    from burnish.verbs.merge import merge
+
+    target, found = merge(words[0], words[1:])
+    print(f"merged   {target}\ncheck    {found}  ok")
+    return 0
+
+
+def _chat(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        usage = "chat RUN [base=true] [max_new_tokens=512] [temperature=0]"
+        return _usage(words, usage, "Talks to a run's model; with base=true its base answers beside it.")
+    from burnish.verbs.chat import chat
+
+    chat(words[0], words[1:])
     return 0
 
 
@@ -138,6 +160,8 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "kto": ("Kahneman-Tversky optimization, on completions rated good or bad", partial(_train, "kto")),
     "bco": ("binary classifier optimization, on completions rated good or bad", partial(_train, "bco")),
     "reward": ("reward modelling, on pairs of completions", partial(_train, "reward")),
+    "merge": ("an adapter into its base model, proved on training rows: burnish merge RUN", _merge),
+    "chat": ("talk to what a run left: burnish chat RUN [base=true]", _chat),
     "report": ("one page of a finished or running run, as HTML and Markdown: burnish report RUN", _report),
     "compare": ("two runs beside each other: burnish compare RUN RUN", _compare),
     "demo": ("train a small real chat model on a small real corpus, on any machine, no model hub", _demo),

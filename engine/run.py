@@ -150,7 +150,7 @@ def _data(
             )
             log.say("data" if role == "train" else "eval", "a stream: rows are read, cut and packed as they come")
             continue
-        examples[role], report = _tokens(config, tokenizer, vocabulary, rows, split, role == "train", formatting_func)
+        examples[role], report = tokens(config, tokenizer, vocabulary, rows, split, role == "train", formatting_func)
         for line in report.lines():
             log.say("data" if role == "train" else "eval", line)
     if config.test_split_size is not None:
@@ -180,7 +180,7 @@ def _tokenizer(config: Any, name: str) -> Any:
     )
 
 
-def _tokens(
+def tokens(
     config: Any, tokenizer: Any, vocabulary: int, rows: Any, split: str, train: bool, formatting_func: Callable | None
 ) -> tuple[Examples, DataReport]:
     """The tokens of one split, in the form that the objective trains on."""

@@ -3,6 +3,8 @@
 Saving is the PeftModel's own save_pretrained: adapter_model.safetensors and adapter_config.json, nothing of the base.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -48,6 +50,30 @@ def apply_adapter(model: nn.Module, source: Any, *, scores: bool = False) -> nn.
     if not scores:
         output_layer(adapted)  # refuses LoRA on the head now, by name, instead of at the first batch
     return adapted
+
+
+def adapter_base(folder: str | Path) -> str | None:
+    """The base model's name if `folder` holds a saved adapter, else None. Raises UserError for a torn file."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("not an adapter's configuration", where=str(path), mend="Save the adapter again") from error
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """`model` inside a PeftModel with the adapter saved in `folder`, for inference. UserError where it does not fit."""
+    import peft
+
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise UserError("holds no adapter_model.safetensors", where=str(folder), mend="Save the adapter again")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the adapter does not fit its base model ({reason})", where=str(folder)) from error
 
 
 def lora_config(config: Any, scores: bool = False) -> Any:
