@@ -5,6 +5,7 @@ or data (one line), 130 interrupted.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -63,12 +64,16 @@ def _train(verb: str, words: list[str]) -> int:
     if not words or {"-h", "--help", "--help-all"} & {*words}:
         print(_keys_help(verb, config_class, everything="--help-all" in words))
         return 0
+    command = shlex.join(["burnish", verb, *words])
     path = words.pop(0) if "=" not in words[0] and not words[0].startswith("-") else None
     config = load(config_class, path, words)
     from burnish.run import train
 
-    train(config)
-    return 0
+    result = train(config)
+    if result.interrupted is None:
+        return 0
+    print(f"resume   {command}")
+    return 128 + result.interrupted if result.interrupted else 0
 
 
 def _demo(words: list[str]) -> int:

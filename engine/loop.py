@@ -36,6 +36,7 @@ class TrainState:
     train_loss_sum: float = 0.0  # of every logged step, weighted by the steps it stands for
     best_metric: float | None = None
     best_model_checkpoint: str | None = None
+    evaluation_owed: bool = False  # the run was stopped inside an evaluation
     log_history: list[dict] = field(default_factory=list)
 
 
@@ -48,20 +49,30 @@ class Control:
     should_save: bool = False
     should_evaluate: bool = False
     should_log: bool = False
+    interrupted: bool = False  # set by the loop: it has saved and stopped early because hooks.stopping said so
 
 
 @dataclass
 class Hooks:
     """What the loop hands back to whoever assembled it.
 
-    evaluate  () -> metrics of the evaluation set, names already starting with eval_
-    save      (metrics or None) -> None: write a checkpoint of the current state
+    evaluate  () -> metrics of the evaluation set, names already starting with eval_; may raise Stopped
+    save      (metrics or None, asked) -> None: write a checkpoint of the current state; `asked`: somebody wants this
+              one, whole, whatever the strategy
     notify    (event, **extra) -> None: tell the callbacks (event is one of transformers' on_... names)
+    stopping  () -> whether somebody wants the run to stop: asked after every step and batch of an evaluation
+    saving    () -> whether somebody wants a checkpoint: asked after every step
     """
 
     evaluate: Callable[[], dict[str, float]] | None = None
-    save: Callable[[dict[str, float] | None], None] | None = None
+    save: Callable[[dict[str, float] | None, bool], None] | None = None
     notify: Callable[..., None] = lambda event, **extra: None
+    stopping: Callable[[], bool] = lambda: False
+    saving: Callable[[], bool] = lambda: False
+
+
+class Stopped(Exception):
+    """An evaluation was left because the run is to stop; what it had found so far is gone."""
 
 
 class NonFinite(UserError):
@@ -182,6 +193,8 @@ def fit(
     began, first = time.perf_counter(), state.global_step
     model.train()
     hooks.notify("on_train_begin")
+    if state.evaluation_owed:
+        _pay(state, control, config, hooks)
     while state.global_step < state.max_steps and not control.should_training_stop:
         windows = _windows(batches, state, size)
         while True:
@@ -203,9 +216,11 @@ def fit(
                 break
         ended = window is None or state.micro_batch >= per_epoch or control.should_epoch_stop
         control.should_epoch_stop = False
+        if control.interrupted:
+            break
         if ended:
             state.epoch_index, state.micro_batch = state.epoch_index + 1, 0
-        _after_epoch(config, hooks)
+        _after_epoch(state, control, config, hooks)
     hooks.notify("on_train_end")
 
 
@@ -239,30 +254,71 @@ def _after_step(state, control, config, hooks, log, gate, loss, norm, updater, r
         log.write(record)
         log.say("step", step_line(step, state.max_steps, record, rate * (state.max_steps - step)))
         hooks.notify("on_log", logs=record)
-    metrics = None
+    metrics, saved = None, False
     interval = config.eval_steps or config.logging_steps
     due = config.eval_strategy == "steps" and (_every(interval, state))
     if hooks.evaluate and (due or control.should_evaluate):
         control.should_evaluate = False
-        metrics = hooks.evaluate()
+        metrics = _evaluated(state, hooks)
     due = config.save_strategy == "steps" and (_every(config.save_steps, state) or last)
-    if hooks.save and (due or control.should_save):
+    asked = hooks.saving() or control.should_save
+    if hooks.save and (due or asked):
         _refuse_non_finite(loss, norm, state, window)  # a broken model must not push out a good checkpoint
-    if hooks.save and (due or control.should_save or (config.save_strategy == "best" and metrics)):
+    if hooks.save and (due or asked or (config.save_strategy == "best" and metrics)):
         control.should_save = False
-        hooks.save(metrics)
+        hooks.save(metrics, asked)
+        saved = asked
+    if not last and hooks.stopping():
+        _refuse_non_finite(loss, norm, state, window)
+        _stop(control, hooks, saved)
 
 
-def _after_epoch(config, hooks) -> None:
+def _evaluated(state: TrainState, hooks: Hooks) -> dict[str, float] | None:
+    """Metrics of the evaluation set; None, and a debt, where the run is to stop before they are known."""
+    state.evaluation_owed = True
+    assert hooks.evaluate is not None
+    try:
+        metrics = hooks.evaluate()
+    except Stopped:
+        return None
+    state.evaluation_owed = False
+    return metrics
+
+
+def _stop(control: Control, hooks: Hooks, saved: bool = False) -> None:
+    """Everything into a checkpoint, if it isn't there yet, and out of the loop."""
+    if hooks.save and not saved:
+        hooks.save(None, True)
+    control.interrupted = control.should_training_stop = True
+
+
+def _pay(state: TrainState, control: Control, config, hooks: Hooks) -> None:
+    """The evaluation that the stopped run still owed, and the checkpoint that depends on it."""
+    metrics = _evaluated(state, hooks) if hooks.evaluate else None
+    if hooks.save and metrics and config.save_strategy != "no" and state.global_step:
+        hooks.save(metrics, False)
+    if state.evaluation_owed and hooks.stopping():
+        _stop(control, hooks)
+
+
+def _after_epoch(state: TrainState, control: Control, config, hooks: Hooks) -> None:
     """What `epoch` strategies ask for, at the end of an epoch and of the run."""
-    metrics = hooks.evaluate() if config.eval_strategy == "epoch" and hooks.evaluate else None
+    metrics = _evaluated(state, hooks) if config.eval_strategy == "epoch" and hooks.evaluate else None
+    if state.evaluation_owed:
+        _stop(control, hooks)
+        return
     if hooks.save and (config.save_strategy == "epoch" or (config.save_strategy == "best" and metrics)):
-        hooks.save(metrics)
+        hooks.save(metrics, False)
     hooks.notify("on_epoch_end")
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> dict[str, float]:
-    """{"eval_loss": ..., "eval_<metric>": ...} over all batches, each weighted by its count. Logits never exist."""
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], objective: Objective, stopping: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """{"eval_loss": ..., "eval_<metric>": ...} over all batches, each weighted by its count. Logits never exist.
+
+    Raises Stopped as soon as `stopping` says so, asked after every batch.
+    """
     device = next(model.parameters()).device
     accumulator, began, rows = Accumulator(), time.perf_counter(), 0
     with torch.no_grad(), evaluating(model):
@@ -271,6 +327,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -
             loss_sum, metrics = objective.step(placed, objective.window([placed]))
             accumulator.add({"loss": (loss_sum, objective.count(batch)), **metrics})
             rows += len(batch.rows)
+            if stopping():
+                raise Stopped
     values = accumulator.take()
     seconds = time.perf_counter() - began
     return {

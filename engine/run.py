@@ -37,7 +37,7 @@ from burnish.model.patch import PatchReport, patch
 from burnish.objectives import Objective, odds, preference, reward, sft, unpaired
 from burnish.optim import cast_parameters
 from burnish.reference import Reference, cache_sums, make_reference
-from burnish.training import Run, RunResult, refuse_overwriting
+from burnish.training import Run, RunResult, goes_on, refuse_overwriting
 
 OBJECTIVES: dict[type, Callable[..., Objective]] = {
     SFTConfig: sft.objective,
@@ -111,12 +111,17 @@ def assemble(
 
 
 def train(config: Any, **objects: Any) -> RunResult:
-    """Assemble, train and save the model into config.output_dir: what the command line's training verbs do."""
-    if not config.resume_from_checkpoint:
+    """Assemble, train and save the model into config.output_dir: what the command line's training verbs do.
+
+    A run that was stopped early has saved a checkpoint, and no model.
+    """
+    if not config.resume_from_checkpoint and not goes_on(config):
         refuse_overwriting(config)  # before the minutes that loading and preparing may take
     run = assemble(config, **objects)
-    result = run.train()
-    run.log.say("model", str(run.save_model()))
+    with run.interrupt:
+        result = run.train()
+        if result.interrupted is None:
+            run.log.say("model", str(run.save_model()))
     return result
 
 

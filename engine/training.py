@@ -19,6 +19,7 @@ from burnish.config.errors import UserError
 from burnish.config.load import dump
 from burnish.data.batch import Batches
 from burnish.data.stream import StreamBatches
+from burnish.interrupt import Interrupt
 from burnish.kernels import use
 from burnish.loop import Control, Hooks, TrainState, evaluate, fit, total_steps
 from burnish.metrics import Log, clock
@@ -38,11 +39,15 @@ MAY_CHANGE = frozenset(
 
 @dataclass
 class RunResult:
-    """What a finished run leaves: the folder, its last metrics, and the number of updates done."""
+    """What a run leaves: the folder, its last metrics, and the number of updates done.
+
+    interrupted  None for a finished run; else the signal that stopped it early, or 0 for a STOP file
+    """
 
     output_dir: Path
     global_step: int
     metrics: dict[str, float]
+    interrupted: int | None = None
 
 
 @dataclass
@@ -63,15 +68,26 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     control: Control = field(default_factory=Control)
 
+    def __post_init__(self) -> None:
+        self.interrupt = Interrupt(self.folder, self.log.say)
+
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir)
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> RunResult:
-        """Train to the end, or on from a checkpoint. What the user can mend raises UserError before the first step."""
+        """Train to the end, or on from a checkpoint; an unfinished run in output_dir goes on by itself.
+
+        What the user can mend raises UserError before the first step. A signal or a STOP file ends it early, with
+        everything saved (burnish.interrupt).
+        """
+        with self.interrupt:
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | bool | None) -> RunResult:
         if self.batches is None:
             raise UserError("there is nothing to train on", where="train_dataset", mend="Give a training data set")
-        wanted = resume_from_checkpoint or self.config.resume_from_checkpoint
+        wanted = resume_from_checkpoint or self.config.resume_from_checkpoint or goes_on(self.config)
         source, passed_over = disk.find_checkpoint(self.folder, wanted) if wanted else (None, [])
         if source is None or source.parent.resolve() != self.folder.resolve():
             refuse_overwriting(self.config)
@@ -95,12 +111,14 @@ class Run:
         began = time.perf_counter()
         hooks = Hooks(
             evaluate=self.evaluate if self.eval_batches is not None else None,
-            save=lambda metrics: self._save(updater, metrics),
+            save=lambda metrics, asked: self._save(updater, metrics, asked),
             notify=self._notify,
+            stopping=self.interrupt.stopping,
+            saving=self.interrupt.saving,
         )
         with use(self.config.kernels):
             if self.config.eval_on_start and source is None and hooks.evaluate:
-                hooks.evaluate()
+                self.state.evaluation_owed = True
             fit(
                 self.model,
                 self.batches,
@@ -112,6 +130,8 @@ class Run:
                 hooks=hooks,
                 log=self.log,
             )
+        if self.control.interrupted:
+            return RunResult(self.folder, self.state.global_step, {}, self.interrupt.number)
         if self.config.load_best_model_at_end and self._best is not None:
             disk.load_weights(self.model, self._best)
             self.log.say("best", str(self._best))
@@ -140,7 +160,7 @@ class Run:
         if self.eval_batches is None:
             raise UserError("there is nothing to evaluate on", where="eval_dataset", mend="Give an evaluation data set")
         with use(self.config.kernels):
-            metrics = evaluate(self.model, self.eval_batches.epoch(0), self.objective)
+            metrics = evaluate(self.model, self.eval_batches.epoch(0), self.objective, self.interrupt.stopping)
         record = {**metrics, "epoch": self.state.epoch, "step": self.state.global_step}
         self.state.log_history.append(record)
         if self.log.path:
@@ -165,16 +185,16 @@ class Run:
             if (call := getattr(callback, event, None)) is not None:
                 call(self.config, self.state, self.control, model=self.model, processing_class=self.tokenizer, **extra)
 
-    def _save(self, updater: Updater, metrics: dict[str, float] | None) -> None:
+    def _save(self, updater: Updater, metrics: dict[str, float] | None, asked: bool) -> None:
         """Write a checkpoint; remember it where it is the best so far; delete old ones beyond the limit."""
         path = self.folder / f"checkpoint-{self.state.global_step}"
         better = metrics is not None and self._is_better(metrics)
-        if self.config.save_strategy == "best" and not better:
+        if self.config.save_strategy == "best" and not better and not asked:
             return
         if better:
             self.state.best_model_checkpoint = path.name
         updater_state: tuple[dict, dict] = ({}, {})
-        if not self.config.save_only_model:
+        if asked or not self.config.save_only_model:
             tensors, scalars = updater.state()
             updater_state = ({**tensors, **self._moving()}, scalars)
         disk.save_checkpoint(
@@ -275,6 +295,23 @@ class Run:
         self.log.say("resume", f"{source} at step {self.state.global_step} of {max_steps}")
 
 
+def goes_on(config: Any) -> bool:
+    """Whether output_dir holds a run that was stopped or killed after its first checkpoint: the same command resumes.
+
+    A run that ended, or was told to start anew, does not go on; one with other settings is refused when it is restored.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite_output_dir or not disk.checkpoints(folder):
+        return False
+    return not _ended(folder)
+
+
+def _ended(folder: Path) -> bool:
+    """Whether the run whose log lies in `folder` came to its end."""
+    log = folder / "metrics.jsonl"
+    return log.is_file() and '"train_runtime"' in log.read_text(encoding="utf-8")
+
+
 def refuse_overwriting(config: Any) -> None:
     """Raises UserError where a new run would write over another run or over a model."""
     folder = Path(config.output_dir)
@@ -286,11 +323,11 @@ def refuse_overwriting(config: Any) -> None:
     if config.overwrite_output_dir:
         return
     found = [path.name for path in disk.checkpoints(folder)]
-    patterns = ("metrics.jsonl", "config.json", "adapter_config.json", "*.safetensors", "config.yaml")
+    patterns = ("config.json", "adapter_config.json", "*.safetensors")
     found += [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
-    if found:
+    if found or _ended(folder):  # what a run leaves that was killed before its first checkpoint is no loss
         raise UserError(
-            f"output_dir already holds a run or a model ({found[-1]})",
+            f"output_dir already holds a run or a model ({found[-1] if found else 'metrics.jsonl'})",
             where=str(folder),
             mend="Set resume_from_checkpoint: true to go on, overwrite_output_dir: true to start anew, or another "
             "output_dir",

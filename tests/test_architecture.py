@@ -25,7 +25,7 @@ LINES = [
     {"parallel"},
     {"model"},
     {"data"},
-    {"checkpoint", "optim", "metrics"},
+    {"checkpoint", "optim", "metrics", "interrupt"},
     {"config"},
     {"kernels"},
 ]
