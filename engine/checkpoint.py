@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from burnish.config.errors import UserError
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
@@ -30,6 +31,21 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     model.save_pretrained(folder, **own)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def save_final(model: nn.Module, tokenizer, folder: Path) -> None:
+    """save_model, written aside and moved in file by file, weights (or their index) last: where they are, all is."""
+    aside = folder / ".writing-model"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_model(model, tokenizer, aside)
+    for path in sorted(_files(aside), key=lambda path: (path.suffix == ".safetensors", path.name in WEIGHTS)):
+        _flush(path)
+        target = folder / path.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(aside)
+    _flush(folder)
 
 
 def save_checkpoint(run_dir: Path, step: int, model: nn.Module, tokenizer, updater_state, state: dict) -> Path:

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from burnish.kernels import use
 from burnish.loop import Control, Hooks, TrainState, evaluate, fit, total_steps
 from burnish.metrics import Log, clock
 from burnish.objectives import Objective
-from burnish.optim import Updater
+from burnish.optim.updater import Updater
 from burnish.reference import Reference
 
 # What a resumed run may be given otherwise: where things are, how long, how often, how much is logged and kept.
@@ -104,6 +105,8 @@ class Run:
         else:
             for path in disk.checkpoints(self.folder):  # overwrite_output_dir: a later resume must not find them
                 shutil.rmtree(path)
+            for name in disk.WEIGHTS:  # nor may the model of an earlier run pass for this one's
+                (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
         _trim_log(self.folder / "metrics.jsonl", self.state.global_step)
@@ -116,7 +119,7 @@ class Run:
             stopping=self.interrupt.stopping,
             saving=self.interrupt.saving,
         )
-        with use(self.config.kernels):
+        with use(self.config.kernels), closing(updater):
             if self.config.eval_on_start and source is None and hooks.evaluate:
                 self.state.evaluation_owed = True
             fit(
@@ -173,8 +176,7 @@ class Run:
     def save_model(self, folder: str | Path | None = None) -> Path:
         """Weights (or adapter) and tokenizer into `folder` (default: the run's), as from_pretrained reads them."""
         target = Path(folder or self.folder)
-        target.mkdir(parents=True, exist_ok=True)
-        disk.save_model(self.model, self.tokenizer, target)
+        disk.save_final(self.model, self.tokenizer, target)
         return target
 
     def _notify(self, event: str, **extra) -> None:
@@ -298,12 +300,13 @@ class Run:
 def goes_on(config: Any) -> bool:
     """Whether output_dir holds a run that was stopped or killed after its first checkpoint: the same command resumes.
 
-    A run that ended, or was told to start anew, does not go on; one with other settings is refused when it is restored.
+    A run that ended and saved its model, or was told to start anew, does not go on; one with other settings is refused
+    when it is restored.
     """
     folder = Path(config.output_dir)
     if config.overwrite_output_dir or not disk.checkpoints(folder):
         return False
-    return not _ended(folder)
+    return not (_ended(folder) and any((folder / name).exists() for name in disk.WEIGHTS))
 
 
 def _ended(folder: Path) -> bool:
