@@ -43,6 +43,9 @@ def _trained(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def token_scores(model: nn.Module, head: Head, batch: Batch, *, sharp: bool = False) -> Scores:
     """Log-probs of every trained token of `batch` under `model`, differentiable in any way.
 
+    Where the head is trained its exponentials stay until the backward, up to the limit that linear_logprob documents:
+    three matrix products a token, four beyond.
+
     sharp   also the log-probs at temperature 1/2, for one more pass over the head without gradients: with them
             log sum_v p_v^2 = 2 log p - log p_sharp, for every token's label
     """

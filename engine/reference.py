@@ -25,7 +25,7 @@ from burnish.data.batch import Batch, Batches
 from burnish.data.cache import default_dir
 from burnish.logprobs import token_scores
 from burnish.model.head import evaluating, read_head
-from burnish.objectives.sequences import completion_sums
+from burnish.objectives.sequences import completion_sums, rated_and_mismatched
 
 _VERSION = 1  # of the sums on disk
 
@@ -47,6 +47,11 @@ class Reference:
     def __call__(self, batch: Batch) -> Tensor:
         if batch.reference is not None:
             return batch.reference
+        if batch.rated is not None and batch.mismatched is not None:  # in the parts that the policy runs, bit for bit
+            return torch.cat([self._sums(part) for part in rated_and_mismatched(batch)])
+        return self._sums(batch)
+
+    def _sums(self, batch: Batch) -> Tensor:
         with torch.no_grad(), evaluating(self.model), self._standing_in():
             logps = token_scores(self.model, read_head(self.model), batch).logps
         return completion_sums(logps, batch, self._ld_alpha)

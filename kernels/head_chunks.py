@@ -2,7 +2,8 @@
 
 `sweep` is the whole of it. It serves log-probs and cross-entropy, forward and backward, on the CPU and on a GPU; only
 the step between the GEMMs differs: `head_rows.Step` in torch, `head_triton.Step` in Triton. Both leave, for every row i
-with target t, effective logits z and reference c (the target's logit, 0 if that is infinite), these sums in float32:
+with target t, effective logits z and reference c (the target's logit, 0 if that is infinite), these sums in float32
+(o is a shift that keeps exp in the safe range, nearly always 0):
 
     TARGET    z_t
     OTHERS    s = sum_{j != t} exp(z_j - c - o)
@@ -11,24 +12,38 @@ with target t, effective logits z and reference c (the target's logit, 0 if that
     TOTAL     sum_j (z_j - c)
 
 Measured from the target, the loss is log1p(s): exact for confident tokens, where log-sum-exp minus logit cancels.
-`finish` turns the sums into losses, `coefficients` the upstream gradients into the rows' factors of dL/dz.
+`finish` turns the sums into losses.
+
+For gradients they also leave E [n, V], E_ij = exp(z_ij - c - o) * dz_ij/draw_ij (slope left out), with an entry of its
+own at the target, and unit [n], so that with an upstream gradient g, known now or later,
+
+    dL/draw_ij = slope * g_i * (unit_i E_ij - smoothing / V)
+
+`target_entry` derives both; z-loss changes them in closed form and smoothing's constant is a matrix of rank one, so
+neither needs a second look at the logits. What has no such form is written as dL/draw itself, from `coefficients`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 TARGET, OTHERS, OFFSET, WEIGHTED, TOTAL = range(5)
 
-CPU_TILE_BYTES = (
-    64 << 20
-)  # float32 logits alive on the CPU: smaller re-reads the weight too often, larger gains nothing
+# float32 logits alive on the CPU: smaller re-reads the weight too often, larger gains nothing
+CPU_TILE_BYTES = 64 << 20
 CPU_MIN_ROWS = 128  # below this the GEMMs are bound by reading the weight
 CUDA_MIN_ROWS = 4096
 CAST_TILE = 8192  # rows of the weight in float32 at a time, where the weight has another dtype
+# How much of E a forward may keep for a backward whose upstream gradients come later: fixed numbers, so that a run does
+# not depend on what else the device holds. 256 MiB is 1,365 tokens of a vocabulary of 49,152 in float32; 4 GiB is
+# 16,700 tokens of one of 128,256 in bfloat16.
+CPU_KEEP_BYTES = 256 << 20
+CUDA_KEEP_BYTES = 4 << 30
+LEAST_GAIN = 1e-6  # of 1 + 2 z_loss lse, which divides the target's entry
+NOTHING = (False, False, False)
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,11 @@ class HeadSpec:
         """dz / d raw, but for the softcap's 1 - tanh^2."""
         return self.logit_scale / self.temperature
 
+    @property
+    def uneven(self) -> bool:
+        """Whether smoothing's constant meets a slope that differs from logit to logit: then it is not of rank one."""
+        return bool(self.softcap and self.label_smoothing)
+
 
 class Stats(NamedTuple):
     """Per row, float32 [n] (top: int64 or None): what the forward reports and the backward needs."""
@@ -68,6 +88,9 @@ class Stats(NamedTuple):
     offset: Tensor  # o / offset_unit
     log_sum: Tensor  # lse - c - o: log p = ((z - c) - o) - log_sum, in this order, has no rounding the sums had not
     top: Tensor | None
+
+    def rows(self, part: slice) -> "Stats":
+        return Stats(*(None if field is None else field[part] for field in self))
 
 
 class Upstream(NamedTuple):
@@ -86,6 +109,13 @@ class Grads(NamedTuple):
     x: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+class Kept(NamedTuple):
+    """What a sweep leaves for later gradients: E of its first chunks [rows, V], and unit [n] of all rows."""
+
+    exps: list[Tensor]
+    unit: Tensor
 
 
 class Coefficients(NamedTuple):
@@ -116,6 +146,17 @@ def rows_per_chunk(n: int, hidden: int, vocab: int, device: torch.device) -> int
     return rows if device.type == "cpu" else min(limit, -(-rows // 256) * 256)
 
 
+def chunks_to_keep(
+    n: int, hidden: int, vocab: int, device: torch.device, work: torch.dtype, keep_bytes: int | None
+) -> int:
+    """Chunks whose E fits into keep_bytes (None: the device's constant), and if any bytes are allowed at least one:
+    the backward needs such a buffer anyway."""
+    if keep_bytes is None:
+        keep_bytes = CPU_KEEP_BYTES if device.type == "cpu" else CUDA_KEEP_BYTES
+    rows = rows_per_chunk(n, hidden, vocab, device)
+    return min(-(-n // rows), max(1, keep_bytes // (rows * vocab * work.itemsize))) if keep_bytes > 0 else 0
+
+
 def weight_tiles(weight: Tensor, dtype: torch.dtype, width: int) -> Iterator[tuple[int, int, Tensor]]:
     """(first, last, weight[first:last] in `dtype`): no second copy of the whole weight ever exists."""
     vocab, hidden = weight.shape
@@ -140,7 +181,7 @@ def mm_f32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def addmm_f32(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b in float32, in place."""
+    """total += a @ b in float32, in place; `out` may be the summand since torch 2.10."""
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
     if a.is_cuda:
@@ -194,6 +235,35 @@ def coefficients(stats: Stats, upstream: Upstream, vocab: int, spec: HeadSpec) -
     return Coefficients(alpha, beta, kappa, target)
 
 
+def target_entry(others: Tensor, own: Tensor, lse: Tensor | None, spec: HeadSpec) -> tuple[Tensor, Tensor]:
+    """(E at the target, unit), [n] each, but for the softcap's slope. own: the target's exponential; lse for z-loss.
+
+    With S = others + own, p_j = E_j / S and the gain a = 1 + 2 z_loss lse, dL/dz is g a p_j elsewhere (less smoothing's
+    constant), so unit = a / S; at the target it is g (a p_t - 1 + smoothing), which times S / a is the entry. Without
+    the extra terms the entry is -others: p_t - 1 without cancelling. A gain of nearly 0 is moved off it, by an error
+    of LEAST_GAIN p_j.
+    """
+    total = others + own
+    if not (spec.z_loss or spec.label_smoothing):
+        return -others, total.reciprocal()
+    above = spec.label_smoothing * total - others
+    if lse is None:
+        return above, total.reciprocal()
+    pull = 2 * spec.z_loss * lse
+    gain = 1 + pull
+    gain = torch.where(gain.abs() < LEAST_GAIN, LEAST_GAIN, gain)
+    return (pull * own + above) / gain, gain / total
+
+
+def _step_of(backend: str) -> Any:
+    """The class that does what stands between the GEMMs on a backend, "torch" or "triton"."""
+    if backend == "torch":
+        from burnish.kernels.head_rows import Step
+    else:
+        from burnish.kernels.head_triton import Step  # type: ignore[assignment]
+    return Step
+
+
 def sweep(
     x: Tensor,  # [n, H], n rows that all have a target
     weight: Tensor,  # [V, H]
@@ -203,88 +273,54 @@ def sweep(
     backend: str,
     *,
     upstream: Upstream | None = None,
-    needs: tuple[bool, bool, bool] = (False, False, False),
+    needs: tuple[bool, ...] = NOTHING,
+    keep: int = 0,
     known: Stats | None = None,
-) -> tuple[Stats, Grads]:
+    kept: Kept | None = None,
+) -> tuple[Stats, Grads, Kept | None]:
     """Per-row losses and, given the upstream gradients, the gradients of x, weight and bias that `needs` names.
 
-    2NHV operations for the losses, 2NHV more for each of the gradients of x and weight. `known`, the result of an
-    earlier sweep over the same rows, spares the Triton step its sums.
+    2NHV operations for the losses, 2NHV more for each of the gradients of x and weight. The first `keep` chunks leave
+    their E. `known` and `kept`, from an earlier sweep over the same rows, spare what is there already: a chunk whose E
+    was kept costs its gradients' GEMMs and nothing else.
     """
-    if backend == "torch":
-        from burnish.kernels.head_rows import Step
-    else:
-        from burnish.kernels.head_triton import Step  # type: ignore[assignment]
-    n, (vocab, hidden) = x.shape[0], weight.shape
+    from burnish.kernels.head_gradients import Gradients
+
+    Step = _step_of(backend)
+    n, (vocab, hidden), device = x.shape[0], weight.shape, x.device
     work = work_dtype(x, weight)
-    rows = rows_per_chunk(n, hidden, vocab, x.device)
-    sums = torch.empty(5, n, dtype=torch.float32, device=x.device)
-    top = torch.empty(n, dtype=torch.int64, device=x.device) if spec.argmax else None
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        grads = _empty_grads(x, weight, bias, needs, rows)
-        step = Step(weight, bias, spec, rows, work, store=any(needs))
-        for start in range(0, n, rows):
+    rows = rows_per_chunk(n, hidden, vocab, device)
+    late = upstream if upstream is not None and (spec.uneven or upstream.entropy is not None) else None
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(x):
+        sums = torch.empty(5, n, dtype=torch.float32, device=device)
+        top = torch.empty(n, dtype=torch.int64, device=device) if spec.argmax else None
+        ready: list[Tensor] = [] if late is not None or kept is None else kept.exps
+        unit = torch.empty(n, dtype=torch.float32, device=device) if kept is None else kept.unit.clone()
+        grads = Gradients(x, weight, bias, spec, needs, rows, even=late is None)
+        step = None
+        if len(ready) * rows < n:
+            step = Step(weight, bias, spec, rows, work, store=any(needs) or keep > 0)
+        left: list[Tensor] = []
+        spare = None
+        for number, start in enumerate(range(0, n, rows)):
             part = slice(start, min(start + rows, n))
             x_part = x[part].to(work)
-            dlogits, row_scale = step(
-                x_part,
-                labels[part],
-                sums[:, part],
-                None if top is None else top[part],
-                None if upstream is None else upstream.rows(part),
-                None if known is None else Stats(*(None if s is None else s[part] for s in known)),
-            )
-            if any(needs):
-                _add_grads(grads, part, dlogits, row_scale, x_part, weight)
+            if step is None or number < len(ready):
+                exps = ready[number]
+            else:
+                keeps = number < keep
+                if keeps or spare is None:
+                    spare = step.buffer(part.stop - start if keeps else rows)
+                exps = spare[: part.stop - start]
+                step(
+                    x_part, labels[part], exps, sums[:, part], None if top is None else top[part], unit[part],
+                    store=keeps or any(needs), late=None if late is None else late.rows(part),
+                    known=None if known is None else known.rows(part),
+                )  # fmt: skip
+                if keeps:
+                    left, spare = [*left, spare], None
+            if upstream is not None:
+                grads.add(part, exps, None if late is not None else unit[part], upstream.loss[part], x_part)
         if known is None:
-            known = finish(sums, top, vocab, spec, step.offset_unit)
-    return known, grads
-
-
-def _empty_grads(x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], rows: int) -> Grads:
-    n = x.shape[0]
-    new = torch.zeros if n == 0 else torch.empty
-    one_chunk = n <= rows and weight.dtype == work_dtype(x, weight)
-    dtype = weight.dtype if one_chunk else torch.float32
-    return Grads(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None,
-        new(weight.shape, dtype=dtype, device=x.device) if needs[1] else None,
-        torch.zeros(weight.shape[0], dtype=torch.float32, device=x.device) if needs[2] else None,
-    )
-
-
-def _add_grads(
-    grads: Grads, part: slice, dlogits: Tensor, row_scale: Tensor | None, x_part: Tensor, weight: Tensor
-) -> None:
-    """One chunk's gradients, from dL/draw = row_scale[:, None] * dlogits."""
-    if grads.x is not None:
-        _input_gradient(dlogits, row_scale, weight, grads.x[part])
-    if grads.bias is not None:
-        if row_scale is None:
-            grads.bias.add_(dlogits.sum(0, dtype=torch.float32))
-        else:
-            line = torch.empty(1, dlogits.shape[1], dtype=torch.float32, device=dlogits.device)
-            grads.bias.add_(mm_f32(row_scale.to(dlogits.dtype)[None], dlogits, out=line)[0])
-    if grads.weight is None:
-        return
-    scaled = x_part if row_scale is None else (x_part * row_scale[:, None]).to(x_part.dtype)
-    if part.start:
-        addmm_f32(grads.weight, dlogits.T, scaled)
-    elif grads.weight.dtype == dlogits.dtype:
-        torch.mm(dlogits.T, scaled, out=grads.weight)
-    else:
-        mm_f32(dlogits.T, scaled, out=grads.weight)
-
-
-def _input_gradient(dlogits: Tensor, row_scale: Tensor | None, weight: Tensor, out: Tensor) -> None:
-    total = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    width = weight.shape[0] if weight.dtype == dlogits.dtype else CAST_TILE
-    for first, last, tile in weight_tiles(weight, dlogits.dtype, width):
-        if first:
-            addmm_f32(total, dlogits[:, first:last], tile)
-        else:
-            mm_f32(dlogits[:, first:last], tile, out=total)
-    if row_scale is not None:
-        torch.mul(total, row_scale[:, None], out=out)
-    elif total is not out:
-        out.copy_(total)
+            known = finish(sums, top, vocab, spec, Step.offset_unit)
+    return known, grads.result(), Kept(left, unit) if left else None

@@ -19,6 +19,7 @@ from burnish.kernels.head_chunks import (
     Upstream,
     coefficients,
     finish,
+    target_entry,
     weight_tiles,
 )
 
@@ -39,31 +40,45 @@ class Step:
         self.gain = spec.logit_scale / spec.softcap if spec.softcap else spec.slope
         self.bias = None if bias is None else bias.float() * self.gain
         self.block = min(rows, max(1, BLOCK_ELEMENTS // vocab))
-        self.logits = torch.empty(rows, vocab, dtype=torch.float32, device=weight.device)
         self.exps = torch.empty(self.block, vocab, dtype=torch.float32, device=weight.device)
         self.slopes = torch.empty_like(self.exps) if spec.softcap and store else None
+
+    def buffer(self, rows: int) -> Tensor:
+        """Room for the logits of one chunk, which become E."""
+        return torch.empty(rows, self.weight.shape[0], dtype=torch.float32, device=self.weight.device)
 
     def __call__(
         self,
         x: Tensor,
         labels: Tensor,
+        exps: Tensor,
         sums: Tensor,
         top: Tensor | None,
-        upstream: Upstream | None,
+        unit: Tensor,
+        *,
+        store: bool,
+        late: Upstream | None,
         known: Stats | None,
-    ) -> tuple[Tensor, None]:
-        """Fill `sums` [5, rows] and `top`; with `upstream`, return dL/draw [rows, V]."""
-        logits = self.logits[: x.shape[0]]
+    ) -> None:
+        """Fill `sums` [5, rows] and `top`; with `store` also `exps` [rows, V] and `unit` [rows], or with `late`
+        upstream gradients dL/draw in `exps`."""
         for first, last, tile in weight_tiles(self.weight, self.work, self.weight.shape[0]):
-            logits[:, first:last].addmm_(x, tile.T, beta=0, alpha=self.gain)
+            exps[:, first:last].addmm_(x, tile.T, beta=0, alpha=self.gain)
         for start in range(0, x.shape[0], self.block):
             part = slice(start, min(start + self.block, x.shape[0]))
-            given = None if upstream is None or not self.store else upstream.rows(part)
-            self.rows(logits[part], labels[part, None], sums[:, part], None if top is None else top[part], given)
-        return logits, None
+            self.rows(
+                exps[part],
+                labels[part, None],
+                sums[:, part],
+                None if top is None else top[part],
+                unit[part] if store else None,
+                None if late is None else late.rows(part),
+            )
 
-    def rows(self, z: Tensor, labels: Tensor, sums: Tensor, top: Tensor | None, upstream: Upstream | None) -> None:
-        """Whole rows z [b, V] with labels [b, 1]: their sums; with `upstream`, z is overwritten by dL/draw."""
+    def rows(
+        self, z: Tensor, labels: Tensor, sums: Tensor, top: Tensor | None, unit: Tensor | None, late: Upstream | None
+    ) -> None:
+        """Whole rows z [b, V] with labels [b, 1]: their sums; with `unit`, z is overwritten by E or dL/draw."""
         spec, exps = self.spec, self.exps[: z.shape[0]]
         slopes = self.effective(z)
         if top is not None:
@@ -77,12 +92,21 @@ class Step:
         if spec.entropy:
             z.clamp_(min=LOWEST)
             torch.bmm(exps[:, None], z[:, :, None], out=sums[WEIGHTED, :, None, None])
-        if upstream is None:
+        if unit is None:
             return
-        stats = finish(sums, None, z.shape[1], spec, self.offset_unit)
-        factors = coefficients(stats, upstream, z.shape[1], spec)
-        inverse = (sums[OTHERS] + own).reciprocal_()
-        self.gradient(z, labels, exps, slopes, factors, inverse, stats.log_sum)
+        if late is not None:
+            stats = finish(sums, None, z.shape[1], spec, self.offset_unit)
+            factors = coefficients(stats, late, z.shape[1], spec)
+            inverse = (sums[OTHERS] + own).reciprocal_()
+            self.gradient(z, labels, exps, slopes, factors, inverse, stats.log_sum)
+            return
+        lse = finish(sums, None, z.shape[1], spec, self.offset_unit).lse if spec.z_loss else None
+        entry, unit[:] = target_entry(sums[OTHERS], own, lse, spec)
+        exps.scatter_(1, labels, entry[:, None])
+        if slopes is None:
+            z.copy_(exps)
+        else:
+            torch.mul(exps, slopes, out=z)
 
     def effective(self, z: Tensor) -> Tensor | None:
         """z becomes the effective logits in place; with a softcap return 1 - tanh^2, from cosh so as not to cancel."""

@@ -3,10 +3,10 @@
 The reference of a row is its target's logit, known beforehand from one dot product, so no pass for the row maximum is
 needed: E = exp(z - r). A block whose largest exponent passes GUARD is stored relative to a power of two of its own;
 when the row is complete, `_level_kernel` brings such rows to one power, exactly. Sums are kept per (row, block) and
-added in a fixed order. dL/draw = v * E with v = g / (1 + sum E) and -sum E at the target: p_t - 1 without cancelling.
+added in a fixed order; E's own entry at the target is made when they are known (head_chunks.target_entry).
 
-Terms whose factor is known only after the row is complete (label smoothing, z-loss, entropy gradients) take the row's
-log-sum-exp from an earlier sweep, or from a first round over the same chunk, and write the gradient itself.
+Two kinds of gradient have no such form, an entropy's and that of label smoothing under a softcap: they take the row's
+log-sum-exp from an earlier sweep, or from a first round over the same chunk, and are written by a kernel of their own.
 """
 
 import math
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from burnish.kernels.head_chunks import (
+    LEAST_GAIN,
     OFFSET,
     OTHERS,
     TARGET,
@@ -136,12 +137,13 @@ def _exp_kernel(
 
 @triton.jit
 def _row_kernel(
-    parts_ptr, plane, best_ptr, blocks, vocab, target_ptr, slope_ptr, labels_ptr, g_ptr, factor, sums_ptr, sums_plane,
-    top_ptr, power_ptr, v_ptr, e_ptr, e_row, STORE: tl.constexpr, ENTROPY: tl.constexpr, TOTAL: tl.constexpr,
-    ARGMAX: tl.constexpr, BLOCKS: tl.constexpr, S_TARGET: tl.constexpr, S_OTHERS: tl.constexpr,
-    S_OFFSET: tl.constexpr, S_WEIGHTED: tl.constexpr, S_TOTAL: tl.constexpr,
+    parts_ptr, plane, best_ptr, blocks, vocab, target_ptr, slope_ptr, labels_ptr, sums_ptr, sums_plane, top_ptr,
+    power_ptr, unit_ptr, e_ptr, e_row, smoothing, z_loss, STORE: tl.constexpr, ENTROPY: tl.constexpr,
+    TOTAL: tl.constexpr, ARGMAX: tl.constexpr, Z_LOSS: tl.constexpr, BLOCKS: tl.constexpr, S_TARGET: tl.constexpr,
+    S_OTHERS: tl.constexpr, S_OFFSET: tl.constexpr, S_WEIGHTED: tl.constexpr, S_TOTAL: tl.constexpr,
+    LEAST_GAIN: tl.constexpr,
 ):  # fmt: skip
-    """One row's sums from its blocks', in fixed order; for gradients also its scale v and its target entry of E."""
+    """One row's sums from its blocks', in fixed order; for gradients also its unit and its target entry of E."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCKS)
     live = at < blocks
@@ -167,10 +169,20 @@ def _row_kernel(
         tl.store(top_ptr + row, tl.minimum(top, vocab - 1).to(tl.int64))
     if STORE:
         own = tl.where(tl.abs(target) < float("inf"), tl.exp2(-power), tl.where(target < 0.0, 0.0, target * 0.0))
-        scale = tl.load(g_ptr + row) * tl.cast(factor, tl.float32)
-        tl.store(v_ptr + row, scale / (others + own))
+        total = others + own
+        entry = -others
+        if TOTAL:
+            entry += tl.cast(smoothing, tl.float32) * total
+        gain = tl.cast(1.0, tl.float32)
+        if Z_LOSS:
+            lse = _finite_or_zero(target) + power * LN2 + tl.log2(total) * LN2
+            pull = 2.0 * tl.cast(z_loss, tl.float32) * lse
+            gain = 1.0 + pull
+            gain = tl.where(tl.abs(gain) < LEAST_GAIN, LEAST_GAIN, gain)
+            entry = (entry + pull * own) / gain
+        tl.store(unit_ptr + row, gain / total)
         tl.store(power_ptr + row, power)
-        entry = -others * tl.load(slope_ptr + row)
+        entry *= tl.load(slope_ptr + row)
         tl.store(e_ptr + row * e_row + tl.load(labels_ptr + row), entry.to(e_ptr.dtype.element_ty))
 
 
@@ -232,31 +244,34 @@ class Step:
         self.logits = torch.empty(rows * self.columns, dtype=torch.float32, device=device)
         self.parts = torch.empty(5, rows, self.blocks, dtype=torch.float32, device=device)
         self.best = torch.empty(rows, self.blocks, dtype=torch.int32, device=device)
-        self.lines = torch.empty(4, rows, dtype=torch.float32, device=device)  # target, its slope, power, v
-        # a row stride of whole 128-byte lines keeps rows aligned for any vocabulary
-        self.stride = triton.cdiv(vocab, 64) * 64
-        self.exps = torch.empty(rows if store else 0, self.stride, dtype=work, device=device)[:, :vocab]
+        self.lines = torch.empty(3, rows, dtype=torch.float32, device=device)  # target, its slope, power
+
+    def buffer(self, rows: int) -> Tensor:
+        """Room for the E of one chunk. A row stride of whole 128-byte lines keeps rows aligned for any vocabulary."""
+        vocab, device = self.weight.shape[0], self.weight.device
+        stride = triton.cdiv(vocab, 64) * 64
+        return torch.empty(rows if self.store else 0, stride, dtype=self.work, device=device)[:, :vocab]
 
     def __call__(
         self,
         x: Tensor,
         labels: Tensor,
+        exps: Tensor,
         sums: Tensor,
         top: Tensor | None,
-        upstream: Upstream | None,
+        unit: Tensor,
+        *,
+        store: bool,
+        late: Upstream | None,
         known: Stats | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Fill `sums` [5, rows] and `top` unless `known`; with `upstream`, return (E, v): dL/draw = v[:, None] * E."""
-        spec, n = self.spec, x.shape[0]
-        upstream = upstream if self.store else None
-        late = bool(known or spec.label_smoothing or spec.z_loss or (upstream and upstream.entropy is not None))
-        if known is None:
-            self.exponentials(x, labels, sums, top, None if late else upstream)
-        if upstream is None or not late:
-            return self.exps[:n], self.lines[3, :n]
-        known = known or finish(sums, None, self.weight.shape[0], spec, self.offset_unit)
-        self.gradient(x, labels, known, upstream)
-        return self.exps[:n], None
+    ) -> None:
+        """Fill `sums` [5, rows] and `top`; with `store` also `exps` [rows, V] and `unit` [rows], or with `late`
+        upstream gradients dL/draw in `exps`, for which a `known` result spares the round that makes the sums."""
+        if late is None or known is None:
+            self.exponentials(x, labels, exps, sums, top, unit, store and late is None)
+        if late is not None and store:
+            known = known or finish(sums, None, self.weight.shape[0], self.spec, self.offset_unit)
+            self.gradient(x, labels, exps, known, late)
 
     def tiles(self, x: Tensor) -> Iterator[tuple[int, int, Tensor, tuple[int, int]]]:
         """(first column, width, float32 logits [rows, width], their grid), one tile after another in one buffer."""
@@ -266,10 +281,10 @@ class Step:
             yield first, width, logits, (x.shape[0], triton.cdiv(width, self.block))
 
     def exponentials(
-        self, x: Tensor, labels: Tensor, sums: Tensor, top: Tensor | None, upstream: Upstream | None
+        self, x: Tensor, labels: Tensor, exps: Tensor, sums: Tensor, top: Tensor | None, unit: Tensor, store: bool
     ) -> None:
-        n, spec, weight, exps, store = x.shape[0], self.spec, self.weight, self.exps, upstream is not None
-        target, slope, power, v = self.lines
+        n, spec, weight, stride = x.shape[0], self.spec, self.weight, exps.stride(0)
+        target, slope, power = self.lines
         cap = {"HAS_BIAS": self.bias is not None, "SOFTCAP": bool(spec.softcap)}
         wanted = {"ENTROPY": spec.entropy, "TOTAL": spec.label_smoothing > 0, "ARGMAX": top is not None}
         _target_kernel[(n,)](
@@ -279,27 +294,26 @@ class Step:
         plane = self.parts.stride(0)
         for first, width, logits, grid in self.tiles(x):
             _exp_kernel[grid](
-                logits, width, exps, self.stride, int(store), self.bias, labels, target, self.parts, plane, self.best,
+                logits, width, exps, stride, int(store), self.bias, labels, target, self.parts, plane, self.best,
                 self.blocks, first, width, *self.transform, **cap, **wanted, BLOCK=self.block, num_warps=8,
             )  # fmt: skip
-        g = target if upstream is None else upstream.loss
         _row_kernel[(n,)](
-            self.parts, plane, self.best, self.blocks, weight.shape[0], target, slope, labels, g, spec.slope, sums,
-            sums.stride(0), self.best if top is None else top, power, v, exps, self.stride, **wanted, STORE=store,
-            BLOCKS=triton.next_power_of_2(self.blocks),
-            S_TARGET=TARGET, S_OTHERS=OTHERS, S_OFFSET=OFFSET, S_WEIGHTED=WEIGHTED, S_TOTAL=TOTAL, num_warps=1,
+            self.parts, plane, self.best, self.blocks, weight.shape[0], target, slope, labels, sums, sums.stride(0),
+            self.best if top is None else top, power, unit, exps, stride, spec.label_smoothing, spec.z_loss, **wanted,
+            STORE=store, Z_LOSS=spec.z_loss != 0, BLOCKS=triton.next_power_of_2(self.blocks), S_TARGET=TARGET,
+            S_OTHERS=OTHERS, S_OFFSET=OFFSET, S_WEIGHTED=WEIGHTED, S_TOTAL=TOTAL, LEAST_GAIN=LEAST_GAIN, num_warps=1,
         )  # fmt: skip
         if store:
             _level_kernel[(n,)](
-                exps, self.stride, self.parts, plane, self.blocks, power, labels, weight.shape[0],
+                exps, stride, self.parts, plane, self.blocks, power, labels, weight.shape[0],
                 BLOCK=self.block, num_warps=8,
             )  # fmt: skip
 
-    def gradient(self, x: Tensor, labels: Tensor, known: Stats, upstream: Upstream) -> None:
+    def gradient(self, x: Tensor, labels: Tensor, exps: Tensor, known: Stats, upstream: Upstream) -> None:
         alpha, beta, kappa, own = coefficients(known, upstream, self.weight.shape[0], self.spec)
         for first, width, logits, grid in self.tiles(x):
             _gradient_kernel[grid](
-                logits, width, self.exps, self.stride, self.bias, labels, known.reference, known.offset, known.log_sum,
+                logits, width, exps, exps.stride(0), self.bias, labels, known.reference, known.offset, known.log_sum,
                 alpha, alpha if beta is None else beta, alpha if kappa is None else kappa, own, first, width,
                 *self.transform, HAS_BIAS=self.bias is not None, SOFTCAP=bool(self.spec.softcap),
                 HAS_BETA=beta is not None, HAS_KAPPA=kappa is not None, BLOCK=self.block, num_warps=8,

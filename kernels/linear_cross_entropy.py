@@ -3,7 +3,8 @@
 Where the loss is one number, the gradient that reaches each token is known beforehand up to one scalar. The forward
 therefore turns each chunk of logits into gradients at once (6NHV operations, 4NHV where the weight is frozen), and the
 backward only multiplies by that scalar, on the device. The weight's gradient is added up in float32 over the chunks.
-The rest is as in linear_logprob, whose machinery this is.
+z-loss and label smoothing cost nothing more, except on a GPU smoothing together with a softcap: that makes the logits
+twice (8NHV). Reduction "none" has no such scalar and runs as linear_logprob does, whose machinery this is.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from burnish.kernels.head_chunks import HeadSpec, Stats, Upstream, sweep
+from burnish.kernels.head_compile import uncompiled
 from burnish.kernels.linear_logprob import (
     Selected,
     autocasted,
@@ -63,7 +65,7 @@ class SumLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, labels, scale, spec, backend, needs):
         ctx.set_materialize_grads(False)
-        stats, ctx.grads = sweep(x, weight, bias, labels, spec, backend, upstream=Upstream(scale), needs=needs)
+        stats, ctx.grads, _ = sweep(x, weight, bias, labels, spec, backend, upstream=Upstream(scale), needs=needs)
         ctx.save_for_backward(x, weight, bias, labels, scale)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.again = spec, backend, needs
@@ -80,7 +82,7 @@ class SumLoss(torch.autograd.Function):
         if grads is None:
             *inputs, scale = ctx.saved_tensors
             spec, backend, needs = ctx.again
-            _, grads = sweep(*inputs, spec, backend, upstream=Upstream(scale), needs=needs)
+            _, grads, _ = sweep(*inputs, spec, backend, upstream=Upstream(scale), needs=needs)
         return *(_times(made, g, dtype) for made, dtype in zip(grads, ctx.dtypes, strict=True)), *(None,) * 5
 
 
@@ -99,7 +101,7 @@ def total_loss(rows: Selected, weight: Tensor, bias: Tensor | None, spec: HeadSp
         return define_loss(rows.x, weight, bias, rows.labels, spec, scale)
     needs = wanted(rows.x, weight, bias)
     if not any(needs):
-        stats, _ = sweep(rows.x, weight, bias, rows.labels, spec, backend)
+        stats, _, _ = sweep(rows.x, weight, bias, rows.labels, spec, backend)
         return _outcome((stats.loss * scale).sum(), stats)
     return Outcome(*SumLoss.apply(rows.x, weight, bias, rows.labels, scale, spec, backend, needs))
 
@@ -107,6 +109,7 @@ def total_loss(rows: Selected, weight: Tensor, bias: Tensor | None, spec: HeadSp
 # ---- public
 
 
+@uncompiled
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

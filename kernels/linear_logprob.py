@@ -5,9 +5,15 @@ Effective logits of a token, in this order: z = softcap * tanh(logit_scale * (h 
 
 Which gradients are made when (N rows that have a target, H hidden size, V vocabulary):
   weight and bias frozen   the forward makes d logp_i / d h_i, 4NHV operations and N*H numbers kept; the backward
-                           scales rows (and starts again where the entropy has a gradient)
-  otherwise                the backward makes the logits again, 8NHV, and keeps only a few numbers a row
-  linear_cross_entropy     knows the upstream gradient in advance: 6NHV (see its module)
+                           scales rows
+  otherwise                the forward keeps the exponentials of as many rows as `keep_bytes` holds, from which the
+                           backward makes gradients for any upstream: 6NHV. For rows beyond, the backward makes the
+                           logits again, 8NHV, and the forward keeps a few numbers a row
+  linear_cross_entropy     knows the upstream gradient in advance: 6NHV, nothing kept (see its module)
+An entropy that is differentiated takes 8NHV in any case (6NHV with a frozen weight: its own logits and dX).
+
+Pairs and groups need no form of their own. Their loss derivative is known once all their log-probs are, so a group's
+exponentials must be kept until then whoever orders the work; keeping those of the batch asks nothing of the loss.
 
 Dtypes: float32 sums and results whatever the inputs are. Under autocast hidden, weight and bias are first cast to
 autocast's dtype, as torch's linear layer does. Otherwise bfloat16 with bfloat16 is multiplied as such and added up in
@@ -21,7 +27,8 @@ import torch
 from torch import Tensor
 
 from burnish.kernels.dispatch import backend_for
-from burnish.kernels.head_chunks import HeadSpec, Stats, Upstream, sweep
+from burnish.kernels.head_chunks import HeadSpec, Kept, Stats, Upstream, chunks_to_keep, sweep, work_dtype
+from burnish.kernels.head_compile import uncompiled
 from burnish.kernels.once import differentiable_once
 
 # ---- definition
@@ -131,42 +138,46 @@ class TokenLoss(torch.autograd.Function):
     """Per-token loss and entropy whose upstream gradients are not known yet."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, labels, spec, backend, needs):
+    def forward(ctx, x, weight, bias, labels, spec, backend, needs, keep):
         ctx.set_materialize_grads(False)
-        frozen = needs == (True, False, False)
-        upstream = Upstream(torch.ones(x.shape[0], device=x.device)) if frozen else None
-        stats, grads = sweep(
-            x, weight, bias, labels, spec, backend, upstream=upstream, needs=needs if frozen else (False,) * 3
-        )
+        if needs == (True, False, False):  # what the upstream gradients scale is then small enough to keep whole
+            ones = Upstream(torch.ones(x.shape[0], device=x.device))
+            stats, grads, kept = sweep(x, weight, bias, labels, spec, backend, upstream=ones, needs=needs)
+        else:
+            stats, grads, kept = sweep(x, weight, bias, labels, spec, backend, keep=keep)
         nll = stats.nll.clone()  # an output of its own: loss and nll may be one tensor
         entropy = stats.entropy.clone()
-        ctx.save_for_backward(x, weight, bias, labels, *stats[:-1], grads.x)
-        ctx.spec, ctx.backend, ctx.needs = spec, backend, needs
+        # E is saved as inputs are, so that checkpointing drops it and the first backward frees it
+        ctx.save_for_backward(x, weight, bias, labels, *stats[:-1], grads.x, *((kept.unit, *kept.exps) if kept else ()))
+        ctx.again = replace(spec, argmax=False), backend, needs
         ctx.mark_non_differentiable(*(t for t in (nll, stats.top) if t is not None))
         return stats.loss, entropy, nll, stats.top
 
     @staticmethod
     @differentiable_once
     def backward(ctx, g_loss, g_entropy, _nll, _top):
-        x, weight, bias, labels, *stats, unit = ctx.saved_tensors
-        rest = (None,) * 4
+        x, weight, bias, labels, *rest = ctx.saved_tensors
+        stats, dx, kept = rest[: len(Stats._fields) - 1], rest[len(Stats._fields) - 1], rest[len(Stats._fields) :]
+        spec, backend, needs = ctx.again
         if g_loss is None and g_entropy is None:
-            return None, None, None, *rest
-        if unit is not None and g_entropy is None:
-            return (unit * g_loss[:, None]).to(x.dtype), None, None, *rest
+            return (None,) * 8
+        if dx is not None and g_entropy is None:
+            return (dx * g_loss[:, None]).to(x.dtype), *(None,) * 7
         g_loss = torch.zeros_like(stats[0]) if g_loss is None else g_loss.contiguous()
         g_entropy = None if g_entropy is None else g_entropy.contiguous()
-        spec = replace(ctx.spec, argmax=False)
-        _, grads = sweep(
-            x, weight, bias, labels, spec, ctx.backend,
-            upstream=Upstream(g_loss, g_entropy), needs=ctx.needs, known=Stats(*stats, None),
+        _, grads, _ = sweep(
+            x, weight, bias, labels, spec if g_entropy is not None else replace(spec, entropy=False), backend,
+            upstream=Upstream(g_loss, g_entropy), needs=needs, known=Stats(*stats, None),
+            kept=Kept(kept[1:], kept[0]) if kept else None,
         )  # fmt: skip
         g_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
         g_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return grads.x, g_weight, g_bias, *rest
+        return grads.x, g_weight, g_bias, *(None,) * 5
 
 
-def token_terms(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, spec: HeadSpec) -> Stats:
+def token_terms(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, spec: HeadSpec, keep_bytes: int | None = None
+) -> Stats:
     """Per-row loss and entropy, differentiable, on the backend in force. Of the rest, nll and top mean something."""
     backend = head_backend(x, weight)
     if backend == "reference":
@@ -174,13 +185,16 @@ def token_terms(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
     needs = wanted(x, weight, bias)
     if not any(needs):
         return sweep(x, weight, bias, labels, spec, backend)[0]
-    loss, entropy, nll, top = TokenLoss.apply(x, weight, bias, labels, spec, backend, needs)
+    vocab, hidden = weight.shape
+    keep = chunks_to_keep(x.shape[0], hidden, vocab, x.device, work_dtype(x, weight), keep_bytes)
+    loss, entropy, nll, top = TokenLoss.apply(x, weight, bias, labels, spec, backend, needs, 0 if spec.uneven else keep)
     return Stats(loss, nll, nll, entropy, nll, nll, nll, top)
 
 
 # ---- public
 
 
+@uncompiled
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -194,11 +208,14 @@ def linear_logprob(
     return_entropy: bool = False,
     return_argmax: bool = False,
     all_valid: bool = False,
+    keep_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each label under the head's softmax; logits exist only a chunk at a time.
 
     hidden [..., H] and weight [V, H] in any strides, labels [...] int, bias [V]. `all_valid` promises that no label is
-    `ignore_index`, which spares a GPU the wait for their count.
+    `ignore_index`, which spares a GPU the wait for their count. `keep_bytes`, where the weight or the bias is trained,
+    is how much the forward may hold until the backward (see above): None for CUDA_KEEP_BYTES or CPU_KEEP_BYTES of
+    head_chunks, 0 for nothing; otherwise at least one chunk of rows, for which the backward would need room anyway.
 
     Returns logps [...] float32 in nats, 0 where ignored; with flags a tuple of logps, entropy [...] float32 in nats
     (0 where ignored) and argmax [...] int64 (-1 where ignored), those asked for. logps and entropy are differentiable
@@ -211,7 +228,7 @@ def linear_logprob(
     spec = HeadSpec(softcap, logit_scale, temperature, entropy=return_entropy, argmax=return_argmax)
     hidden, weight, bias = autocasted(hidden, weight, bias)
     rows = select(hidden, weight, labels, bias, ignore_index, all_valid)
-    stats = token_terms(rows.x, weight, bias, rows.labels, spec)
+    stats = token_terms(rows.x, weight, bias, rows.labels, spec, keep_bytes)
     out = [rows.restore(-stats.loss)]
     if return_entropy:
         out.append(rows.restore(stats.entropy))

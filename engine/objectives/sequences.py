@@ -4,6 +4,7 @@ T tokens, N of them with a label, S sequences, P pairs, U rated sequences. Count
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,42 @@ def num_pairs(batch: Batch) -> int:
 def num_rated(batch: Batch) -> int:
     assert batch.rated is not None, "a batch of rated completions"
     return len(batch.rated)
+
+
+def rated_and_mismatched(batch: Batch) -> tuple[Batch, Batch]:
+    """The rated sequences of a batch, which come first, and its mismatched ones, as batches of their own.
+
+    Where one ends and the other begins is asked of the device.
+    """
+    assert batch.mismatched is not None, "KTO needs mismatched completions"
+    number = num_rated(batch)
+    assert batch.valid.is_cuda or int(batch.mismatched.min()) == number, "rated sequences come first"
+    edge = batch.cu_seqlens[number].long()
+    tokens, valid = torch.stack([edge, (batch.valid < edge).sum()]).tolist()
+    rated = _part(batch, slice(0, number), slice(0, tokens), slice(0, valid))
+    others = _part(batch, slice(number, None), slice(tokens, None), slice(valid, None))
+    rated.mismatched = others.rated = others.desirable = None
+    others.mismatched = torch.arange(len(others.cu_seqlens) - 1, device=batch.valid.device)
+    return rated, others
+
+
+def _part(batch: Batch, sequences: slice, tokens: slice, valid: slice) -> Batch:
+    """A run of a batch's sequences, whose tokens and labelled positions stand at `tokens` and `valid`."""
+    edges = slice(sequences.start, None if sequences.stop is None else sequences.stop + 1)
+    places = batch.valid[valid] - tokens.start
+    return replace(
+        batch,
+        input_ids=batch.input_ids[tokens],
+        position_ids=batch.position_ids[tokens],
+        cu_seqlens=batch.cu_seqlens[edges] - tokens.start,
+        labels=batch.labels[tokens],
+        num_valid=len(places),
+        valid=places,
+        rows=batch.rows[sequences],
+        examples=batch.examples[sequences],
+        completion=None if batch.completion is None else batch.completion[tokens],
+        reference=None if batch.reference is None else batch.reference[sequences],
+    )
 
 
 def counts(wanted: Tensor, batch: Batch) -> Tensor:

@@ -2,8 +2,8 @@
 
 U rated sequences with x = log policy - log reference of the completion, and sign +1 where desirable, -1 where not.
 KTO's estimate of the policy's divergence (the mean of x over completions put after other prompts) and BCO's reward
-shift are those of the whole accumulation window: accumulating over several micro-batches costs one more forward pass of
-each.
+shift are those of the whole accumulation window. KTO's mismatched completions run apart from the rated ones, forward
+only: they carry no gradient. BCO's shift over several micro-batches costs one more forward pass of each.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from burnish.data.batch import Batch
 from burnish.logprobs import token_scores
 from burnish.model.head import Head
 from burnish.objectives import Metrics, Objective
-from burnish.objectives.sequences import completion_sums, num_rated, token_share
+from burnish.objectives.sequences import completion_sums, num_rated, rated_and_mismatched, token_share
 
 Reference = Callable[[Batch], Tensor | None]
 
@@ -71,11 +71,13 @@ class _Ratios:
 
 
 @dataclass
-class _Window:
-    """The window's divergence or shift [], and the reference's sums of its batches, by the batch's identity."""
+class _Share:
+    """What a window knows for the step of one of its batches: the divergence or shift [] (None: the step's own), the
+    sequences to train on, and the reference's sums of those."""
 
-    level: Tensor
-    references: dict[int, Tensor | None]
+    level: Tensor | None
+    batch: Batch
+    reference: Tensor | None
 
 
 def objective(
@@ -87,7 +89,7 @@ def objective(
     their sum and number. Evaluation reads it and leaves it as it is.
     """
     bco = isinstance(config, BCOConfig)
-    apo = isinstance(config, KTOConfig) and config.loss_type == "apo_zero_unpaired"
+    kto = isinstance(config, KTOConfig) and config.loss_type != "apo_zero_unpaired"
     state = {"rewards": torch.zeros(2, dtype=torch.float64)} if bco else {}
 
     def refer(batch: Batch) -> Tensor | None:
@@ -99,37 +101,37 @@ def objective(
         sums = completion_sums(logps, batch)
         return _Ratios(sums if ref is None else sums - ref.to(sums.dtype), sums)
 
-    def level(all_ratios: list[Tensor], batches: list[Batch]) -> Tensor | float:
-        """The window's divergence (KTO) or shift (BCO), from the log-ratios [S] of its batches."""
-        if bco:
-            rated = torch.cat([r.detach()[b.rated] for r, b in zip(all_ratios, batches, strict=True)])
-            return _shift(state, config.beta * rated)
-        if apo:
-            return 0.0
-        assert all(batch.mismatched is not None for batch in batches), "KTO needs mismatched completions"
-        return divergence(torch.cat([r[b.mismatched] for r, b in zip(all_ratios, batches, strict=True)]))
-
-    def window(batches: list[Batch]) -> _Window | None:
-        if len(batches) == 1 or apo:
-            return None
-        references = {id(batch): refer(batch) for batch in batches}
+    def forward(batch: Batch, ref: Tensor | None) -> Tensor:
         with torch.no_grad():
-            found = [ratios(token_scores(model, head, b).logps, b, references[id(b)]).ratio for b in batches]
-        return _Window(level(found, batches), references)
+            return ratios(token_scores(model, head, batch).logps, batch, ref).ratio
 
-    def step(batch: Batch, window: _Window | None) -> tuple[Tensor, Metrics]:
-        ref = refer(batch) if window is None else window.references[id(batch)]
+    def window(batches: list[Batch]) -> dict[int, _Share] | None:
+        """By the batch's identity."""
+        if kto:
+            parts = [rated_and_mismatched(batch) for batch in batches]
+            level = divergence(torch.cat([forward(other, refer(other)) for _, other in parts]))
+            return {id(b): _Share(level, rated, refer(rated)) for b, (rated, _) in zip(batches, parts, strict=True)}
+        if not bco or len(batches) == 1:
+            return None
+        references = [refer(batch) for batch in batches]
+        rewards = [forward(b, ref)[b.rated] for b, ref in zip(batches, references, strict=True)]
+        shift = _shift(state, config.beta * torch.cat(rewards))
+        return {id(b): _Share(shift, b, ref) for b, ref in zip(batches, references, strict=True)}
+
+    def step(batch: Batch, window: dict[int, _Share] | None) -> tuple[Tensor, Metrics]:
+        own = _Share(None, batch, refer(batch)) if window is None else window[id(batch)]
+        batch, level = own.batch, own.level
         scores = token_scores(model, head, batch)
-        found = ratios(scores.logps, batch, ref)
-        constant = level([found.ratio], [batch]) if window is None else window.level
+        found = ratios(scores.logps, batch, own.reference)
         ratio = found.ratio[batch.rated]
         assert batch.desirable is not None
         if isinstance(config, BCOConfig):
-            losses = bco_losses(ratio, batch.desirable, constant, config)
+            level = _shift(state, config.beta * ratio.detach()) if level is None else level
+            losses = bco_losses(ratio, batch.desirable, level, config)
         else:
-            losses = kto_losses(ratio, batch.desirable, constant, config)
+            losses = kto_losses(ratio, batch.desirable, 0.0 if level is None else level, config)
         metrics = rated_metrics(config.beta * ratio, found.logps[batch.rated], batch.desirable)
-        metrics["delta" if bco else "kl"] = (constant, 1)
+        metrics["delta" if bco else "kl"] = (0.0 if level is None else level, 1)
         metrics["entropy"] = token_share(scores.entropy, batch, batch.rated)
         return losses.sum(), metrics
 

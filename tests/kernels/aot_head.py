@@ -32,10 +32,11 @@ def exponentials(dtype: str, softcap: bool = False, extra: bool = False) -> Case
 
 
 def row(dtype: str, blocks: int, store: bool, extra: bool = False) -> Case:
-    types = PARTS | {"vocab": "i32:16", "labels_ptr": "*i64", "top_ptr": "*i64", "factor": "fp32"}
-    types |= dict.fromkeys(("target_ptr", "slope_ptr", "g_ptr", "sums_ptr", "power_ptr", "v_ptr"), "*fp32")
+    types = PARTS | {"vocab": "i32:16", "labels_ptr": "*i64", "top_ptr": "*i64", "smoothing": "fp32", "z_loss": "fp32"}
+    types |= dict.fromkeys(("target_ptr", "slope_ptr", "sums_ptr", "power_ptr", "unit_ptr"), "*fp32")
     types |= {"sums_plane": "i32:16", "e_ptr": f"*{dtype}", "e_row": "i32:16"}
-    folded = dict.fromkeys(("ENTROPY", "TOTAL", "ARGMAX"), extra) | {"STORE": store, "BLOCKS": blocks}
+    folded = dict.fromkeys(("ENTROPY", "TOTAL", "ARGMAX", "Z_LOSS"), extra) | {"STORE": store, "BLOCKS": blocks}
+    folded["LEAST_GAIN"] = head.LEAST_GAIN
     folded |= {"S_TARGET": head.TARGET, "S_OTHERS": head.OTHERS, "S_OFFSET": head.OFFSET}
     folded |= {"S_WEIGHTED": head.WEIGHTED, "S_TOTAL": head.TOTAL}
     name = f"head row {dtype} {blocks=} {store=} {extra=}"
@@ -67,6 +68,7 @@ def cases() -> list[Case]:
         exponentials("fp32"),
         exponentials("bf16", softcap=True, extra=True),
         row("bf16", 32, store=True),
+        row("bf16", 32, store=True, extra=True),
         row("fp32", 128, store=False, extra=True),
         level("bf16"),
         gradient("bf16"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from burnish.kernels import head_chunks, linear_cross_entropy, linear_logprob, use
+from burnish.kernels import head_chunks, head_cost, linear_cross_entropy, linear_logprob, use
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -87,7 +87,12 @@ def test_options_with_bias(dtype, options):
         assert error(have.grad, want) < (2e-5 if dtype == torch.float32 else 4e-3)
 
 
-TERMS = [{"label_smoothing": 0.1}, {"z_loss": 1e-3}, {"label_smoothing": 0.1, "softcap": 5.0}]
+TERMS = [
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-3},
+    {"label_smoothing": 0.1, "z_loss": 1e-3, "temperature": 0.7},
+    {"label_smoothing": 0.1, "softcap": 5.0},
+]
 
 
 @pytest.mark.parametrize("options", TERMS, ids=str)
@@ -146,13 +151,36 @@ def test_peak_memory(tokens):
     assert extra <= chunk * vocab * 2 + vocab * hidden * 6 + tokens * hidden * 4 + chunk * 16384 * 4 + (100 << 20)
 
 
+@pytest.mark.parametrize("tokens", [1000, 9000, 20000])
+def test_kept_exponentials(tokens):
+    """Log-probs with any upstream: E kept, kept in part or made again give the same gradients; peaks as predicted."""
+    hidden, vocab, bf16 = 1024, 128256, torch.bfloat16
+    x, weight, labels = problem(tokens, hidden, vocab, bf16)
+    upstream = torch.randn(tokens, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    results = []
+    for keep in (None, 2 << 30, 0):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_logprob(a, w, labels, keep_bytes=keep, all_valid=True).backward(upstream)
+        extra = torch.cuda.max_memory_allocated() - before
+        cost = head_cost.head_cost(tokens, hidden, vocab, device=x.device, dtype=bf16, known=False, keep_bytes=keep)
+        assert extra <= cost.peak_bytes + (100 << 20)
+        results.append((a.grad, w.grad))
+    for other in results[1:]:
+        assert error(other[0], results[0][0]) < 1e-3 and error(other[1], results[0][1]) < 1e-3
+
+
 def test_no_wait_for_the_device():
     x, weight, labels = problem(512, 256, 5003, torch.bfloat16)
     x.requires_grad_(), weight.requires_grad_()
     items = torch.tensor(512, device="cuda")
 
     def step():
-        loss = linear_cross_entropy(x, weight, labels, num_items=items, all_valid=True)
+        loss = linear_cross_entropy(
+            x, weight, labels, num_items=items, all_valid=True, label_smoothing=0.1, z_loss=1e-4
+        )
         (loss * 3 + linear_logprob(x, weight, labels, all_valid=True).sum()).backward()
 
     step()

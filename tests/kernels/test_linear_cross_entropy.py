@@ -5,84 +5,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from head_cases import BACKENDS, CHUNKED, MARKS, both_losses, error, leaves, loss_oracle, problem
 
-from burnish.kernels import head_chunks, head_rows, linear_cross_entropy, linear_logprob, use
-from burnish.kernels.dispatch import interpreting
+from burnish.kernels import linear_cross_entropy, linear_logprob, use
 
-BACKENDS = ["reference", "auto", "triton"]
-CHUNKED = ["auto", "triton"]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*encountered in:RuntimeWarning"
-)  # numpy, where inf meets the interpreter
-
-
-@pytest.fixture(autouse=True)
-def triton_on_the_cpu(request):
-    """These tests' tensors lie on the CPU; with a GPU and no interpreter, test_head_gpu.py runs the kernels."""
-    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    if backend == "triton" and not interpreting():
-        pytest.skip("TRITON_INTERPRET is not set")
-
-
-def problem(tokens, hidden, vocab, seed=0, scale=1.0):
-    gen = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, hidden, generator=gen)
-    weight = torch.randn(vocab, hidden, generator=gen) * scale
-    bias = torch.randn(vocab, generator=gen)
-    labels = torch.randint(0, vocab, (tokens,), generator=gen)
-    return x, weight, bias, labels
-
-
-def oracle(x, weight, labels, *, bias=None, softcap=None, logit_scale=1.0, temperature=1.0, ignore_index=-100,
-           reduction="mean", num_items=None, token_weights=None, label_smoothing=0.0, z_loss=0.0):  # fmt: skip
-    """The loss by torch's own cross-entropy over float64 logits."""
-    z = x.double() @ weight.double().T
-    z = (z if bias is None else z + bias.double()) * logit_scale
-    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
-    valid = labels != ignore_index
-    loss = F.cross_entropy(
-        z, labels.long(), ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
-    loss = loss + z_loss * z.logsumexp(-1).square()
-    loss = (loss * (1.0 if token_weights is None else token_weights.double())).where(valid, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() / (1 if reduction == "sum" else max(int(valid.sum()), 1) if num_items is None else num_items)
-
-
-def leaves(*tensors):
-    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-
-
-def error(got, want):
-    want = want.double()
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
-
-
-def both(backend, x, weight, bias, labels, **options):
-    """[loss, gradients...] of 3 * loss from a backend and from the oracle; random upstream for reduction "none"."""
-    up = torch.randn(labels.shape, generator=torch.Generator().manual_seed(5))
-    up = up if options.get("reduction") == "none" else torch.tensor(3.0)
-    results = []
-    for fn in (linear_cross_entropy, oracle):
-        exact = fn is oracle
-        inputs = leaves(*(t if t is None or not exact else t.double() for t in (x, weight, bias)))
-        with use(backend):
-            loss = fn(inputs[0], inputs[1], labels, bias=inputs[2], **options)
-        loss.backward(up.to(loss.dtype))
-        results.append([loss, *(t.grad for t in inputs if t is not None)])
-    return results
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    from burnish.kernels import head_triton
-
-    monkeypatch.setattr(head_chunks, "rows_per_chunk", lambda n, hidden, vocab, device: min(n, 4) or 1)
-    monkeypatch.setattr(head_chunks, "CAST_TILE", 16)
-    monkeypatch.setattr(head_triton, "BLOCK", 8)
-    monkeypatch.setattr(head_triton, "COLUMNS", 16)
-    monkeypatch.setattr(head_rows, "BLOCK_ELEMENTS", 100)
+pytestmark = MARKS
 
 
 WEIGHTS = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5, 1e-6, 3.0, 1.0, 1.0])
@@ -116,7 +43,7 @@ def test_forward_and_gradients(backend, options, small_chunks):
     x, weight, bias, labels = problem(9, 7, 37)
     labels[3] = -100
     for b in (None, bias):
-        for got, want in zip(*both(backend, x, weight, b, labels, **options), strict=True):
+        for got, want in zip(*both_losses(backend, x, weight, b, labels, **options), strict=True):
             assert error(got, want) < 3e-6
 
 
@@ -125,7 +52,7 @@ def test_forward_and_gradients(backend, options, small_chunks):
     "tokens,hidden,vocab", [(1, 1, 1), (1, 1, 2), (3, 65, 7), (2, 5, 17), (17, 33, 300), (1, 8, 16)]
 )
 def test_ragged_shapes(backend, tokens, hidden, vocab):
-    for got, want in zip(*both(backend, *problem(tokens, hidden, vocab, scale=0.5)), strict=True):
+    for got, want in zip(*both_losses(backend, *problem(tokens, hidden, vocab, scale=0.5)), strict=True):
         assert error(got, want) < 3e-6 or (want.abs().max() == 0 and got.abs().max() == 0)
 
 
@@ -160,7 +87,7 @@ def test_other_outputs_are_those_of_linear_logprob(backend, reduction):
             assert torch.equal(logps, want[0]) and torch.equal(entropy, want[1]) and torch.equal(top, want[2])
             assert not (logps.requires_grad or entropy.requires_grad or top.requires_grad)
             assert loss.requires_grad == inputs[0].requires_grad
-            assert error(loss, oracle(x, weight, labels, bias=bias, reduction=reduction, z_loss=0.1)) < 1e-6
+            assert error(loss, loss_oracle(x, weight, labels, bias=bias, reduction=reduction, z_loss=0.1)) < 1e-6
         only = linear_cross_entropy(x, weight, labels, bias=bias, return_argmax=True)
     assert len(only) == 2 and torch.equal(only[1], want[2])
 
@@ -191,7 +118,7 @@ def test_only_the_gradients_that_are_needed_are_made(backend, needs, monkeypatch
     if any(needs):
         loss.backward()
         want = leaves(x, weight, bias)
-        oracle(want[0], want[1], labels, bias=want[2]).backward()
+        loss_oracle(want[0], want[1], labels, bias=want[2]).backward()
         for got, full, need in zip(inputs, want, needs, strict=True):
             assert error(got.grad, full.grad) < 3e-6 if need else got.grad is None
 
@@ -225,7 +152,7 @@ def test_tied_embedding_gets_both_gradients():
     x, weight, _, labels = problem(5, 6, 13)
     ids = torch.tensor([1, 1, 4, 7, 12])
     grads = []
-    for fn in (linear_cross_entropy, oracle):
+    for fn in (linear_cross_entropy, loss_oracle):
         (w,) = leaves(weight)
         fn(x + F.embedding(ids, w), w, labels).backward()
         grads.append(w.grad)

@@ -4,84 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from head_cases import CHUNKED, MARKS, both_losses, error, leaves, loss_oracle, problem
 
-from burnish.kernels import head_chunks, head_rows, linear_cross_entropy, use
+from burnish.kernels import head_chunks, linear_cross_entropy, use
 from burnish.kernels.dispatch import interpreting
 
-BACKENDS = ["reference", "auto", "triton"]
-CHUNKED = ["auto", "triton"]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*encountered in:RuntimeWarning"
-)  # numpy, where inf meets the interpreter
-
-
-@pytest.fixture(autouse=True)
-def triton_on_the_cpu(request):
-    """These tests' tensors lie on the CPU; with a GPU and no interpreter, test_head_gpu.py runs the kernels."""
-    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    if backend == "triton" and not interpreting():
-        pytest.skip("TRITON_INTERPRET is not set")
-
-
-def problem(tokens, hidden, vocab, seed=0, scale=1.0):
-    gen = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, hidden, generator=gen)
-    weight = torch.randn(vocab, hidden, generator=gen) * scale
-    bias = torch.randn(vocab, generator=gen)
-    labels = torch.randint(0, vocab, (tokens,), generator=gen)
-    return x, weight, bias, labels
-
-
-def oracle(x, weight, labels, *, bias=None, softcap=None, logit_scale=1.0, temperature=1.0, ignore_index=-100,
-           reduction="mean", num_items=None, token_weights=None, label_smoothing=0.0, z_loss=0.0):  # fmt: skip
-    """The loss by torch's own cross-entropy over float64 logits."""
-    z = x.double() @ weight.double().T
-    z = (z if bias is None else z + bias.double()) * logit_scale
-    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
-    valid = labels != ignore_index
-    loss = F.cross_entropy(
-        z, labels.long(), ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
-    loss = loss + z_loss * z.logsumexp(-1).square()
-    loss = (loss * (1.0 if token_weights is None else token_weights.double())).where(valid, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() / (1 if reduction == "sum" else max(int(valid.sum()), 1) if num_items is None else num_items)
-
-
-def leaves(*tensors):
-    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-
-
-def error(got, want):
-    want = want.double()
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
-
-
-def both(backend, x, weight, bias, labels, **options):
-    """[loss, gradients...] of 3 * loss from a backend and from the oracle; random upstream for reduction "none"."""
-    up = torch.randn(labels.shape, generator=torch.Generator().manual_seed(5))
-    up = up if options.get("reduction") == "none" else torch.tensor(3.0)
-    results = []
-    for fn in (linear_cross_entropy, oracle):
-        exact = fn is oracle
-        inputs = leaves(*(t if t is None or not exact else t.double() for t in (x, weight, bias)))
-        with use(backend):
-            loss = fn(inputs[0], inputs[1], labels, bias=inputs[2], **options)
-        loss.backward(up.to(loss.dtype))
-        results.append([loss, *(t.grad for t in inputs if t is not None)])
-    return results
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    from burnish.kernels import head_triton
-
-    monkeypatch.setattr(head_chunks, "rows_per_chunk", lambda n, hidden, vocab, device: min(n, 4) or 1)
-    monkeypatch.setattr(head_chunks, "CAST_TILE", 16)
-    monkeypatch.setattr(head_triton, "BLOCK", 8)
-    monkeypatch.setattr(head_triton, "COLUMNS", 16)
-    monkeypatch.setattr(head_rows, "BLOCK_ELEMENTS", 100)
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("backend", CHUNKED)
@@ -95,7 +23,7 @@ def test_outlier_logits(backend, outlier, softcap, small_chunks):
     x[3:6, 0] = 1.0
     weight[20, 0], weight[9, 0] = outlier, outlier / 2
     for options in ({}, {"z_loss": 0.001}):
-        for got, want in zip(*both(backend, x, weight, bias, labels, softcap=softcap, **options), strict=True):
+        for got, want in zip(*both_losses(backend, x, weight, bias, labels, softcap=softcap, **options), strict=True):
             assert torch.isfinite(got).all() and error(got, want) < 2e-6
 
 
@@ -106,7 +34,7 @@ def test_two_extremes_in_one_row(backend, small_chunks):
     weight = torch.zeros(37, 1)
     weight[4], weight[11], weight[19], weight[30] = 98.0, 97.5, 99.0, 45.0
     labels = torch.tensor([0, 4, 30])
-    for got, want in zip(*both(backend, x, weight, torch.zeros(37), labels, reduction="sum"), strict=True):
+    for got, want in zip(*both_losses(backend, x, weight, torch.zeros(37), labels, reduction="sum"), strict=True):
         assert error(got, want) < 2e-6
 
 
@@ -133,15 +61,16 @@ def bf16_between_the_gemms(monkeypatch):
     monkeypatch.setattr(head_chunks, "work_dtype", lambda x, weight: torch.bfloat16)
 
 
-@pytest.mark.parametrize("regime", ["random", "confident", "extreme"])
+@pytest.mark.parametrize("regime", ["random", "confident", "extreme", "terms"])
 def test_bf16_gradients(bf16_between_the_gemms, small_chunks, regime):
     """bfloat16 inputs through the kernels: losses exact as ever, dX and dW within 4e-3, the worst row within 1e-2."""
     x, weight, _, labels = problem(32, 24, 64, seed=2)
-    if regime != "random":
+    terms = {"label_smoothing": 0.1, "z_loss": 0.01} if regime == "terms" else {}
+    if regime in ("confident", "extreme"):
         pull = 14.0 if regime == "confident" else 24.0
         x = 0.3 * x + pull * weight[labels] / weight[labels].square().sum(1, keepdim=True)
     x, weight = x.bfloat16(), weight.bfloat16()
-    for got, want in zip(*both("triton", x, weight, None, labels, reduction="sum"), strict=True):
+    for got, want in zip(*both_losses("triton", x, weight, None, labels, reduction="sum", **terms), strict=True):
         limit = 2e-6 if got.shape == () else 4e-3
         assert error(got, want) < limit
         if got.shape == x.shape:
@@ -155,7 +84,7 @@ def test_bf16_weight_gradient_does_not_lose_with_chunks(bf16_between_the_gemms, 
     x, weight, _, labels = problem(64, 16, 32, seed=4)
     x, weight = x.bfloat16(), weight.bfloat16()
     w64 = weight.double().requires_grad_()
-    oracle(x, w64, labels).backward()
+    loss_oracle(x, w64, labels).backward()
     errors = []
     for rows in (64, 8, 1):
         monkeypatch.setattr(head_chunks, "rows_per_chunk", lambda n, hidden, vocab, device, rows=rows: rows)
@@ -186,8 +115,8 @@ def test_chunk_size_does_not_matter(backend, monkeypatch):
 @pytest.mark.parametrize("backend", CHUNKED)
 def test_runs_are_bitwise_equal(backend, small_chunks):
     x, weight, bias, labels = problem(9, 7, 37)
-    first = both(backend, x, weight, bias, labels, softcap=4.0)[0]
-    second = both(backend, x, weight, bias, labels, softcap=4.0)[0]
+    first = both_losses(backend, x, weight, bias, labels, softcap=4.0)[0]
+    second = both_losses(backend, x, weight, bias, labels, softcap=4.0)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -2,86 +2,11 @@
 
 import pytest
 import torch
+from head_cases import BACKENDS, CHUNKED, MARKS, both_tokens, error, leaves, problem, token_oracle
 
-from burnish.kernels import head_chunks, head_rows, linear_logprob, use
-from burnish.kernels.dispatch import interpreting
+from burnish.kernels import linear_logprob, use
 
-BACKENDS = ["reference", "auto", "triton"]
-CHUNKED = ["auto", "triton"]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*encountered in:RuntimeWarning"
-)  # numpy, where inf meets the interpreter
-
-
-@pytest.fixture(autouse=True)
-def triton_on_the_cpu(request):
-    """These tests' tensors lie on the CPU; with a GPU and no interpreter, test_head_gpu.py runs the kernels."""
-    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    if backend == "triton" and not interpreting():
-        pytest.skip("TRITON_INTERPRET is not set")
-
-
-def problem(tokens, hidden, vocab, seed=0, scale=1.0):
-    gen = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, hidden, generator=gen)
-    weight = torch.randn(vocab, hidden, generator=gen) * scale
-    bias = torch.randn(vocab, generator=gen)
-    labels = torch.randint(0, vocab, (tokens,), generator=gen)
-    return x, weight, bias, labels
-
-
-def oracle(x, weight, labels, *, bias=None, softcap=None, logit_scale=1.0, temperature=1.0, ignore_index=-100):
-    """(logps, entropy, argmax) by brute force in float64; the inputs' autograd graph is kept."""
-    z = x.double() @ weight.double().T
-    z = (z if bias is None else z + bias.double()) * logit_scale
-    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
-    logp = z.log_softmax(-1)
-    valid = labels != ignore_index
-    picked = logp.gather(-1, labels.long().clamp(0, weight.shape[0] - 1)[..., None])[..., 0]
-    entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)
-    return picked.where(valid, 0.0), entropy.where(valid, 0.0), z.argmax(-1).where(valid, -1)
-
-
-def leaves(*tensors):
-    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-
-
-def error(got, want):
-    """Relative Frobenius error; exact agreement demanded where the truth is 0."""
-    want = want.double()
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
-
-
-def both(backend, x, weight, bias, labels, seed=1, **options):
-    """Outputs and gradients (of random upstreams with zeros and both signs) from a backend and from the oracle."""
-    gen = torch.Generator().manual_seed(seed)
-    g, e = torch.randn(2, *labels.shape, generator=gen)
-    g.view(-1)[::3] = 0.0
-    results = []
-    for double in (False, True):
-        a, w, b = leaves(*(t if t is None or not double else t.double() for t in (x, weight, bias)))
-        if double:
-            logps, entropy, top = oracle(a, w, labels, bias=b, **options)
-        else:
-            with use(backend):
-                logps, entropy, top = linear_logprob(
-                    a, w, labels, bias=b, return_entropy=True, return_argmax=True, **options
-                )
-        ((logps * g).sum() + (entropy * e).sum()).backward()
-        results.append([logps, entropy, top, a.grad, w.grad, *([] if b is None else [b.grad])])
-    return results
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Several chunks of rows, several GEMM tiles a chunk and several blocks a tile, at sizes the interpreter can do."""
-    from burnish.kernels import head_triton
-
-    monkeypatch.setattr(head_chunks, "rows_per_chunk", lambda n, hidden, vocab, device: min(n, 4) or 1)
-    monkeypatch.setattr(head_chunks, "CAST_TILE", 16)
-    monkeypatch.setattr(head_triton, "BLOCK", 8)
-    monkeypatch.setattr(head_triton, "COLUMNS", 16)
-    monkeypatch.setattr(head_rows, "BLOCK_ELEMENTS", 100)
+pytestmark = MARKS
 
 
 OPTIONS = [
@@ -100,7 +25,7 @@ OPTIONS = [
 def test_forward_and_gradients(backend, options, with_bias, small_chunks):
     x, weight, bias, labels = problem(7, 9, 37)
     labels[2] = -100
-    got, want = both(backend, x, weight, bias if with_bias else None, labels, **options)
+    got, want = both_tokens(backend, x, weight, bias if with_bias else None, labels, **options)
     assert torch.equal(got[2], want[2])
     # rounding of the float32 logits is 1e-7 of their size, and exp turns it into a relative error of the gradient
     limit = 2e-6 * max(1.0, options.get("logit_scale", 1.0) / options.get("temperature", 1.0))
@@ -113,7 +38,7 @@ def test_forward_and_gradients(backend, options, with_bias, small_chunks):
     "tokens,hidden,vocab", [(1, 1, 1), (1, 1, 2), (3, 65, 7), (2, 5, 17), (17, 33, 300), (1, 8, 16)]
 )
 def test_ragged_shapes(backend, tokens, hidden, vocab):
-    got, want = both(backend, *problem(tokens, hidden, vocab, scale=0.5))
+    got, want = both_tokens(backend, *problem(tokens, hidden, vocab, scale=0.5))
     for g, w in zip(got, want, strict=True):
         assert error(g, w) < 4e-6 or (w.abs().max() == 0 and g.abs().max() == 0)
 
@@ -132,7 +57,7 @@ def test_nothing_to_do(backend):
 
 def test_more_rows_than_a_grid_axis():
     x, weight, _, labels = problem(70_001, 2, 3)
-    *rows, weight_got = zip(*both("auto", x, weight, None, labels), strict=True)
+    *rows, weight_got = zip(*both_tokens("auto", x, weight, None, labels), strict=True)
     for g, w in rows:
         assert error(g, w) < 3e-6
     assert error(*weight_got) < 2e-5  # 70,001 terms of both signs
@@ -149,7 +74,7 @@ def test_confident_tokens_keep_relative_accuracy(backend):
     (a, w), (a64, w64) = leaves(x, weight), leaves(x, weight)
     with use(backend):
         logps = linear_logprob(a, w, labels)
-    truth = oracle(a64, w64, labels)[0]
+    truth = token_oracle(a64, w64, labels)[0]
     exact = _exact_logps(x, weight, labels)
     assert exact.max() > -1e-6 and exact.min() < -5
     assert ((logps - exact) / exact).abs().max() < 1e-5
@@ -183,7 +108,7 @@ def test_outlier_logits_stay_finite(backend, outlier, known, small_chunks):
         a64, w64 = leaves(x, weight)
         with use(backend):
             out = linear_logprob(a, w if entropy else w.detach(), labels, bias=b, return_entropy=True)
-        want = oracle(a64, w64 if entropy else w64.detach(), labels, bias=b)
+        want = token_oracle(a64, w64 if entropy else w64.detach(), labels, bias=b)
         assert torch.isfinite(out[0]).all() and error(out[0], want[0]) < 1e-6
         assert ((out[1] - want[1]).abs() <= 1e-5 + 1e-5 * want[1].abs()).all()
         (out[0].sum() + (out[1].sum() if entropy else 0)).backward()
@@ -204,7 +129,7 @@ def test_masked_vocabulary(backend, small_chunks):
     a64, w64 = leaves(x, weight[17:])
     with use(backend):
         logps, entropy, top = linear_logprob(a, w, labels, bias=bias, return_entropy=True, return_argmax=True)
-    want = oracle(a64, w64, labels - 17)
+    want = token_oracle(a64, w64, labels - 17)
     assert error(logps, want[0]) < 1e-6 and error(entropy, want[1]) < 1e-6 and torch.equal(top, want[2] + 17)
     (logps.sum() + entropy.sum()).backward()
     (want[0].sum() + want[1].sum()).backward()
@@ -219,7 +144,7 @@ def test_impossible_target(backend):
     bias[4] = -torch.inf
     with use(backend):
         logps = linear_logprob(x, weight, labels, bias=bias)
-    want = oracle(x, weight, labels, bias=bias)[0]
+    want = token_oracle(x, weight, labels, bias=bias)[0]
     keep = torch.tensor([0, 2, 3])
     assert logps[1] == -torch.inf == want[1]
     assert error(logps[keep], want[keep]) < 1e-6

@@ -2,86 +2,11 @@
 
 import pytest
 import torch
+from head_cases import BACKENDS, CHUNKED, MARKS, both_tokens, error, leaves, problem, token_oracle
 
-from burnish.kernels import head_chunks, head_rows, linear_logprob, use
-from burnish.kernels.dispatch import interpreting
+from burnish.kernels import head_chunks, linear_logprob, use
 
-BACKENDS = ["reference", "auto", "triton"]
-CHUNKED = ["auto", "triton"]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*encountered in:RuntimeWarning"
-)  # numpy, where inf meets the interpreter
-
-
-@pytest.fixture(autouse=True)
-def triton_on_the_cpu(request):
-    """These tests' tensors lie on the CPU; with a GPU and no interpreter, test_head_gpu.py runs the kernels."""
-    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    if backend == "triton" and not interpreting():
-        pytest.skip("TRITON_INTERPRET is not set")
-
-
-def problem(tokens, hidden, vocab, seed=0, scale=1.0):
-    gen = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, hidden, generator=gen)
-    weight = torch.randn(vocab, hidden, generator=gen) * scale
-    bias = torch.randn(vocab, generator=gen)
-    labels = torch.randint(0, vocab, (tokens,), generator=gen)
-    return x, weight, bias, labels
-
-
-def oracle(x, weight, labels, *, bias=None, softcap=None, logit_scale=1.0, temperature=1.0, ignore_index=-100):
-    """(logps, entropy, argmax) by brute force in float64; the inputs' autograd graph is kept."""
-    z = x.double() @ weight.double().T
-    z = (z if bias is None else z + bias.double()) * logit_scale
-    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
-    logp = z.log_softmax(-1)
-    valid = labels != ignore_index
-    picked = logp.gather(-1, labels.long().clamp(0, weight.shape[0] - 1)[..., None])[..., 0]
-    entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)
-    return picked.where(valid, 0.0), entropy.where(valid, 0.0), z.argmax(-1).where(valid, -1)
-
-
-def leaves(*tensors):
-    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-
-
-def error(got, want):
-    """Relative Frobenius error; exact agreement demanded where the truth is 0."""
-    want = want.double()
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
-
-
-def both(backend, x, weight, bias, labels, seed=1, **options):
-    """Outputs and gradients (of random upstreams with zeros and both signs) from a backend and from the oracle."""
-    gen = torch.Generator().manual_seed(seed)
-    g, e = torch.randn(2, *labels.shape, generator=gen)
-    g.view(-1)[::3] = 0.0
-    results = []
-    for double in (False, True):
-        a, w, b = leaves(*(t if t is None or not double else t.double() for t in (x, weight, bias)))
-        if double:
-            logps, entropy, top = oracle(a, w, labels, bias=b, **options)
-        else:
-            with use(backend):
-                logps, entropy, top = linear_logprob(
-                    a, w, labels, bias=b, return_entropy=True, return_argmax=True, **options
-                )
-        ((logps * g).sum() + (entropy * e).sum()).backward()
-        results.append([logps, entropy, top, a.grad, w.grad, *([] if b is None else [b.grad])])
-    return results
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Several chunks of rows, several GEMM tiles a chunk and several blocks a tile, at sizes the interpreter can do."""
-    from burnish.kernels import head_triton
-
-    monkeypatch.setattr(head_chunks, "rows_per_chunk", lambda n, hidden, vocab, device: min(n, 4) or 1)
-    monkeypatch.setattr(head_chunks, "CAST_TILE", 16)
-    monkeypatch.setattr(head_triton, "BLOCK", 8)
-    monkeypatch.setattr(head_triton, "COLUMNS", 16)
-    monkeypatch.setattr(head_rows, "BLOCK_ELEMENTS", 100)
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("backend", CHUNKED)
@@ -96,7 +21,7 @@ def test_any_subset_of_gradients(backend, needs, entropy):
         a, w, b = inputs
         with use(backend):
             if double:
-                logps, ent, _ = oracle(a, w, labels, bias=b)
+                logps, ent, _ = token_oracle(a, w, labels, bias=b)
             else:
                 logps, ent = linear_logprob(a, w, labels, bias=b, return_entropy=True)
         ((logps * g).sum() + (ent.sum() if entropy else 0)).backward()
@@ -157,7 +82,7 @@ def test_activation_checkpointing(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_shapes(backend):
     x, weight, _, labels = problem(12, 6, 13)
-    want = oracle(x, weight, labels)[0]
+    want = token_oracle(x, weight, labels)[0]
     shapes = {
         "transposed": (x.T.contiguous().T, weight.T.contiguous().T, labels),
         "sliced": (torch.cat([x, x], 1)[:, :6], torch.cat([weight, weight])[:13], labels.repeat_interleave(2)[::2]),
@@ -173,7 +98,7 @@ def test_strides_and_shapes(backend):
         assert error(got, target) < 1e-6, name
         got.sum().backward()
         a64, w64 = leaves(a, w)
-        oracle(a64, w64, y)[0].sum().backward()
+        token_oracle(a64, w64, y)[0].sum().backward()
         assert error(a.grad, a64.grad) < 2e-6 and error(w.grad, w64.grad) < 2e-6, name
     with use(backend):
         same = linear_logprob(x[:1].expand(4, 6), weight, labels[:1].expand(4))
@@ -195,7 +120,7 @@ def test_dtypes(backend, x_dtype, w_dtype, small_chunks):
     """The inputs are rounded once, by the caller; the log-probs are then as exact as in float32."""
     x, weight, bias, labels = problem(9, 7, 37)
     x, weight, bias = x.to(x_dtype), weight.to(w_dtype), bias.to(w_dtype)
-    got, want = both(backend, x, weight, bias, labels.int())
+    got, want = both_tokens(backend, x, weight, bias, labels.int())
     assert got[0].dtype == got[1].dtype == torch.float32
     assert error(got[0], want[0]) < 1e-6 and error(got[1], want[1]) < 2e-6
     for g, w, dtype in zip(got[3:], want[3:], (x_dtype, w_dtype, w_dtype), strict=True):
@@ -221,7 +146,7 @@ def test_autocast_rounds_the_inputs_as_a_linear_layer_does(backend):
     with use(backend), torch.autocast("cpu", torch.bfloat16):
         logps = linear_logprob(a, w, labels)
         logps.sum().backward()
-    rounded = oracle(x.bfloat16(), weight.bfloat16(), labels)[0]
+    rounded = token_oracle(x.bfloat16(), weight.bfloat16(), labels)[0]
     assert error(logps, rounded) < 1e-6
     assert a.grad.dtype == w.grad.dtype == torch.float32
 

@@ -17,10 +17,13 @@ class ToyBatch:
     """The fields of a batch that objectives read."""
 
     input_ids: Tensor
+    position_ids: Tensor
     cu_seqlens: Tensor
     labels: Tensor
     valid: Tensor
     num_valid: int
+    rows: list[int]
+    examples: list[int]
     chosen: Tensor | None = None
     rejected: Tensor | None = None
     margin: Tensor | None = None
@@ -28,21 +31,23 @@ class ToyBatch:
     desirable: Tensor | None = None
     mismatched: Tensor | None = None
     completion: Tensor | None = None
+    reference: Tensor | None = None
 
 
 def pack(sequences: list[tuple[list[int], int, int]], **fields) -> ToyBatch:
     """From (ids, first labelled token, first completion token) of each sequence."""
-    ids, labels, marked, edges = [], [], [], [0]
+    ids, positions, labels, marked, edges = [], [], [], [], [0]
     for tokens, labelled, start in sequences:
         ids += tokens
+        positions += range(len(tokens))
         labels += [tokens[i + 1] if i + 1 >= labelled else -100 for i in range(len(tokens) - 1)] + [-100]
         marked += [i + 1 >= start for i in range(len(tokens))]
         edges.append(len(ids))
     labels_ = torch.tensor(labels)
     valid = (labels_ != -100).nonzero()[:, 0]
     return ToyBatch(
-        torch.tensor(ids), torch.tensor(edges, dtype=torch.int32), labels_, valid, len(valid),
-        completion=torch.tensor(marked), **fields,
+        torch.tensor(ids), torch.tensor(positions), torch.tensor(edges, dtype=torch.int32), labels_, valid, len(valid),
+        list(range(len(sequences))), list(range(len(sequences))), completion=torch.tensor(marked), **fields,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 
 from burnish.config.preference import BCOConfig, KTOConfig
 from burnish.objectives import unpaired
-from burnish.objectives.sequences import completion_sums
+from burnish.objectives.sequences import completion_sums, rated_and_mismatched
 from burnish.objectives.unpaired import bco_losses, divergence, kto_losses
 
 
@@ -204,14 +204,52 @@ def test_bcos_shift_runs_over_all_rewards_of_training(toy, monkeypatch, size):
 
 
 @pytest.mark.parametrize(
-    ("config", "batches", "forwards"), [(CONFIGS[0], 1, 1), (CONFIGS[0], 4, 8), (CONFIGS[2], 4, 4)]
+    ("config", "batches", "forwards"),
+    [(CONFIGS[0], 1, 2), (CONFIGS[0], 4, 8), (CONFIGS[2], 4, 4), (CONFIGS[3], 1, 1), (CONFIGS[3], 4, 8)],
 )
 def test_a_second_forward_pass_is_made_only_where_rows_must_know_each_other(
     toy, monkeypatch, config, batches, forwards
 ):
+    """And for KTO each pass is of its own half: rated or mismatched."""
     policy, asked = toy.Table(1), []
     reference = reference_of(toy.Table(2))
     monkeypatch.setattr(unpaired, "token_scores", policy.token_scores)
     objective = unpaired.objective(policy, None, config, lambda batch: asked.append(batch) or reference(batch))
-    toy.run(objective, split(toy, rated_data(), 8 // batches))
-    assert policy.forwards == forwards and len(asked) == batches
+    given = split(toy, rated_data(), 8 // batches, mismatched=config is CONFIGS[0])
+    toy.run(objective, given)
+    assert policy.forwards == forwards
+    tokens = sum(len(batch.input_ids) for batch in given)
+    assert sum(len(batch.input_ids) for batch in asked) == tokens
+
+
+def test_mismatched_completions_go_forward_without_gradients(toy, monkeypatch):
+    policy, seen = toy.Table(1), []
+
+    def watched(model, head, batch, **options):
+        scores = policy.token_scores(model, head, batch, **options)
+        seen.append((len(batch.input_ids), scores.logps.requires_grad))
+        return scores
+
+    monkeypatch.setattr(unpaired, "token_scores", watched)
+    rows = rated_data()
+    objective = unpaired.objective(policy, None, KTOConfig(), reference_of(toy.Table(2)))
+    toy.run(objective, split(toy, rows, 4))
+    mismatched = sum(len(prompt) + len(other) for prompt, _, _, other in rows)
+    rated = sum(len(prompt) + len(completion) for prompt, completion, _, _ in rows)
+    assert sum(tokens for tokens, graph in seen if not graph) == mismatched
+    assert sum(tokens for tokens, graph in seen if graph) == rated
+
+
+def test_the_halves_of_a_batch_are_the_sequences_alone(toy):
+    rows = rated_data()
+    whole = batch_of(toy, rows)
+    whole.reference = torch.arange(16.0)
+    rated, others = rated_and_mismatched(whole)
+    alone = batch_of(toy, rows, with_mismatched=False)
+    second = batch_of(toy, [(prompt, other, good, []) for prompt, _, good, other in rows], with_mismatched=False)
+    for part, wanted in ((rated, alone), (others, second)):
+        for name in ("input_ids", "position_ids", "cu_seqlens", "labels", "valid", "completion"):
+            assert torch.equal(getattr(part, name), getattr(wanted, name)), name
+        assert part.num_valid == wanted.num_valid and len(part.rows) == len(part.examples) == 8
+    assert rated.rows + others.rows == whole.rows and rated.mismatched is None and others.rated is None
+    assert torch.equal(rated.reference, torch.arange(8.0)) and torch.equal(others.reference, torch.arange(8.0, 16.0))
