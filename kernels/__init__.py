@@ -9,19 +9,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # to a type checker these names would be the files of the same name
+    from burnish.kernels.add_rms_norm import add_rms_norm as add_rms_norm
     from burnish.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from burnish.kernels.linear_logprob import linear_logprob as linear_logprob
+    from burnish.kernels.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from burnish.kernels.rms_norm import rms_norm as rms_norm
     from burnish.kernels.rope import rope as rope
 
 _HOME = {
     "rms_norm": "rms_norm",
+    "add_rms_norm": "add_rms_norm",
     "rope": "rope",
+    "qk_norm_rope": "qk_norm_rope",
     "swiglu": "glu",
     "geglu": "glu",
     "glu_linear": "glu",
     "linear_logprob": "linear_logprob",
     "linear_cross_entropy": "linear_cross_entropy",
+    "lora_linear": "lora",
+    "lora_linears": "lora",
     "varlen_attention": "attention",
     "use": "dispatch",
     "backend_for": "dispatch",

@@ -10,6 +10,7 @@ import inspect
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from burnish.kernels.dispatch import backend_for
+from burnish.kernels.once import differentiable_once
 
 BACKENDS = ("auto", "flash-attn-4", "flash-attn-2", "torch-varlen", "sdpa", "reference")
 QUERY_BLOCK = 1024  # queries scored at once on the blocked path: scores are [Hq, 1024, keys], never [Hq, L, L]
@@ -26,7 +28,7 @@ def attention_definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], sc
     """softmax(softcap(q k^T * scale) + causal and window mask) v, one sequence at a time, in q's dtype."""
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     outs = [_scores_times_values(qs, ks, vs, 0, scale, window, softcap) for qs, ks, vs in parts]
-    return torch.cat(outs) if outs else torch.empty_like(q)
+    return torch.cat(outs) if outs else _scores_times_values(q, k, v, 0, scale, window, softcap)
 
 
 def _scores_times_values(q: Tensor, k: Tensor, v: Tensor, ahead: int, scale: float, window, softcap) -> Tensor:
@@ -58,9 +60,70 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, window, softcap) -> 
     return torch.cat(outs)
 
 
+class _Documents(torch.autograd.Function):
+    """The CPU's flash kernel sequence by sequence, as scaled_dot_product_attention runs it, bit for bit.
+
+    Kept for backward: one output and one log-sum-exp [T, Hq] for all sequences, where autograd would keep each
+    sequence's output beside the whole.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+        out, lse = torch.empty(q.shape, dtype=q.dtype), None
+        for rows in _rows(lengths):
+            part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(_heads_first(x[rows]) for x in (q, k, v)), 0.0, True, scale=scale
+            )
+            lse = sums.new_empty(q.shape[:2]) if lse is None else lse
+            out[rows], lse[rows] = part[0].transpose(0, 1), sums[0].transpose(0, 1)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        for rows in _rows(ctx.lengths):
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(_heads_first(x[rows]) for x in (grad, q, k, v, out)),
+                lse[rows].transpose(0, 1).unsqueeze(0),
+                0.0,
+                True,
+                scale=ctx.scale,
+            )
+            for whole, part in zip(grads, parts, strict=True):
+                whole[rows] = part[0].transpose(0, 1)
+        return *grads, None, None
+
+
+def _rows(lengths: list[int]) -> list[slice]:
+    """The tokens of each sequence that has any."""
+    stops = list(accumulate(lengths))
+    return [slice(stop - length, stop) for length, stop in zip(lengths, stops, strict=True) if length]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).unsqueeze(0)  # [1, H, L, D]
+
+
+def _fused_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether scaled_dot_product_attention would take the CPU's flash kernel (number 1) for sequences like these."""
+    if q.is_cuda or not q.shape[0]:
+        return False
+    heads = (_heads_first(x) for x in (q, k, v))
+    return torch._fused_sdp_choice(*heads, None, 0.0, True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]) == 1
+
+
 def _sequence_by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale, window, softcap) -> Tensor:
+    whole = softcap is None and (window is None or window >= max(lengths, default=0))
+    if whole and _fused_on_cpu(q, k, v, scale):
+        return _Documents.apply(q, k, v, lengths, scale)
     outs = []
     for qs, ks, vs in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        if not qs.shape[0]:
+            continue
         if softcap is not None or (window is not None and window < qs.shape[0]):
             outs.append(_blocked(qs, ks, vs, scale, window, softcap))
             continue
@@ -71,7 +134,7 @@ def _sequence_by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], s
         qh, kh, vh = (x.transpose(0, 1).unsqueeze(0) for x in (qs, ks, vs))  # [1, H, L, D]
         out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped)
         outs.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(outs) if outs else torch.empty_like(q)
+    return torch.cat(outs) if outs else _scores_times_values(q, k, v, 0, scale, window, softcap)
 
 
 @lru_cache
@@ -177,7 +240,8 @@ def varlen_attention(
     scale: of the scores, D**-0.5 when None. window: each token sees itself and the window-1 tokens before it.
     softcap: scores become softcap*tanh(scores/softcap) (Gemma 2, arXiv 2408.00118).
     backend: "auto" or one of flash-attn-4, flash-attn-2, torch-varlen, sdpa, reference; see `attention_backend`.
-    Returns [T, Hq, D] in q's dtype. Raises ValueError for a backend of another name or shapes that don't fit.
+    Returns [T, Hq, D] in q's dtype; under autocast q, k and v are first cast to autocast's.
+    Raises ValueError for a backend of another name or shapes that don't fit.
     On CUDA the "sdpa" path reads cu_seqlens on the host (one synchronisation a call).
     """
     if backend not in BACKENDS:
@@ -186,6 +250,8 @@ def varlen_attention(
         raise ValueError(f"varlen_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as scaled_dot_product_attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     name = attention_backend(q, window=window, softcap=softcap)[0] if backend == "auto" else backend
     if name in ("sdpa", "reference"):
         offsets = cu_seqlens.tolist()

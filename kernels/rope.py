@@ -39,7 +39,7 @@ def rope_definition(
 
 
 @triton.jit
-def _load_pairs(P, offsets, mask, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def load_pairs(P, offsets, mask, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The two places of every pair, [..., HALF] each: `offsets` [N, 1] are the starts of N rows of R elements."""
     pair = tl.arange(0, HALF)[None, :]
     if INTERLEAVED:
@@ -54,7 +54,7 @@ def _load_pairs(P, offsets, mask, R: tl.constexpr, HALF: tl.constexpr, INTERLEAV
 
 
 @triton.jit
-def _store_pairs(P, offsets, mask, first, second, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def store_pairs(P, offsets, mask, first, second, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     pair = tl.arange(0, HALF)[None, :]
     if INTERLEAVED:
         cols = tl.arange(0, 2 * HALF)[None, :]
@@ -76,8 +76,8 @@ def _rotate_heads(
     for start in range(0, HEADS, HEAD_BLOCK):
         heads = (start + tl.arange(0, HEAD_BLOCK))[:, None].to(tl.int64)
         mask = heads < HEADS
-        x1, x2 = _load_pairs(X, heads * head_stride, mask, R, HALF, INTERLEAVED)
-        _store_pairs(OUT, heads * D, mask, x1 * c1 + x2 * a, x2 * c2 + x1 * b, R, HALF, INTERLEAVED)
+        x1, x2 = load_pairs(X, heads * head_stride, mask, R, HALF, INTERLEAVED)
+        store_pairs(OUT, heads * D, mask, x1 * c1 + x2 * a, x2 * c2 + x1 * b, R, HALF, INTERLEAVED)
         if REST > 0:
             cols = R + tl.arange(0, REST)[None, :]
             still = tl.load(X + heads * head_stride + cols, mask=mask & (cols < D))
@@ -100,8 +100,8 @@ def _rope_kernel(
     always = tl.full([1, 1], True, dtype=tl.int1)
     cos_at = zero + batch * cos_batch_stride + place * cos_token_stride
     sin_at = zero + batch * sin_batch_stride + place * sin_token_stride
-    c1, c2 = _load_pairs(COS, cos_at, always, R, HALF, INTERLEAVED)  # [1, HALF]
-    s1, s2 = _load_pairs(SIN, sin_at, always, R, HALF, INTERLEAVED)
+    c1, c2 = load_pairs(COS, cos_at, always, R, HALF, INTERLEAVED)  # [1, HALF]
+    s1, s2 = load_pairs(SIN, sin_at, always, R, HALF, INTERLEAVED)
     if BACKWARD:
         a = s2
         b = -s1
@@ -140,7 +140,7 @@ def _table(table: Tensor, lead: torch.Size) -> Tensor:
     return table if table.stride(-1) == 1 else table.contiguous()
 
 
-def _rotate_triton(
+def rotate_triton(
     q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, backward: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Rotates q and k, or the one that is not None, in one launch."""
@@ -162,7 +162,7 @@ def _rotate_triton(
     return outs[0], outs[1]
 
 
-def _rotate_torch(
+def rotate_torch(
     q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, backward: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     width = cos.shape[-1]
@@ -192,7 +192,7 @@ class _Rope(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an output that nobody used costs no rotation
         ctx.save_for_backward(cos, sin)
         ctx.interleaved, ctx.backend = interleaved, backend
-        run = _rotate_triton if backend == "triton" else _rotate_torch
+        run = rotate_triton if backend == "triton" else rotate_torch
         return run(q, k, cos, sin, interleaved, False)
 
     @staticmethod
@@ -201,10 +201,27 @@ class _Rope(torch.autograd.Function):
         dq = dq if ctx.needs_input_grad[0] else None
         dk = dk if ctx.needs_input_grad[1] else None
         if dq is not None or dk is not None:
-            run = _rotate_triton if ctx.backend == "triton" else _rotate_torch
+            run = rotate_triton if ctx.backend == "triton" else rotate_torch
             cos, sin = ctx.saved_tensors
             dq, dk = run(dq, dk, cos, sin, ctx.interleaved, True)
         return dq, dk, None, None, None, None
+
+
+def check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises ValueError, in the name of `op`, where the shapes do not fit."""
+    width = cos.shape[-1]
+    if q.dim() < 3 or q.dim() != k.dim() or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"{op}: q and k must be [..., T, heads, D] alike but for heads, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if cos.shape != sin.shape or width % 2 or not 0 < width <= q.shape[-1]:
+        raise ValueError(
+            f"{op}: cos and sin must be [..., T, R] with an even R of at most {q.shape[-1]}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    fits = all(size in (1, wanted) for size, wanted in zip(cos.shape[-2::-1], q.shape[-3::-1], strict=False))
+    if cos.dim() > q.dim() - 1 or not fits:
+        raise ValueError(f"{op}: cos {tuple(cos.shape)} does not broadcast to q's tokens {tuple(q.shape[:-2])}")
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -221,22 +238,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     Returns (q, k), new contiguous tensors of the inputs' shapes and types; dimensions from R on are copied. Arithmetic
     is float32 (float64 for float64). Gradients flow to q and k only, and can't be differentiated again; only cos and
     sin are kept for backward, which is the transposed rotation.
+    Moves on a GPU, an element of q and k: 2 each way (read, written), which is the minimum for new tensors; the tables,
+    2 R elements a token, come on top.
     Raises ValueError where the shapes do not fit.
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021; gradient derived above.
     """
-    width = cos.shape[-1]
-    if q.dim() < 3 or q.dim() != k.dim() or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"rope: q and k must be [..., T, heads, D] alike but for heads, got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if cos.shape != sin.shape or width % 2 or not 0 < width <= q.shape[-1]:
-        raise ValueError(
-            f"rope: cos and sin must be [..., T, R] with an even R of at most {q.shape[-1]}, "
-            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
-        )
-    fits = all(size in (1, wanted) for size, wanted in zip(cos.shape[-2::-1], q.shape[-3::-1], strict=False))
-    if cos.dim() > q.dim() - 1 or not fits:
-        raise ValueError(f"rope: cos {tuple(cos.shape)} does not broadcast to q's tokens {tuple(q.shape[:-2])}")
+    check("rope", q, k, cos, sin)
     backend = backend_for(q)
     if backend == "reference":
         return rope_definition(q, k, cos, sin, interleaved=interleaved)

@@ -17,21 +17,42 @@ class Rows(NamedTuple):
     inner_stride: int
 
 
+NO_ROWS = Rows(1, 0, 0)  # of a tensor that is not there
+
+
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, Rows]:
     """x [..., C] with the addresses of its rows; a copy of x where its strides do not fit (C strided, three levels)."""
+    rows = _two_levels(x.shape[:-1], x.stride()[:-1])
+    if rows is None or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return x.contiguous(), Rows(1, x.shape[-1], 0)
+    return x, rows
+
+
+def heads_of(x: torch.Tensor) -> tuple[torch.Tensor, Rows, int]:
+    """x [..., T, heads, D] with the addresses of its tokens' first heads, and the stride from one head to the next.
+
+    A copy of x where its strides do not fit (D strided, more than two levels of tokens).
+    """
+    tokens = _two_levels(x.shape[:-2], x.stride()[:-2])
+    if tokens is None or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return x.contiguous(), Rows(1, x.shape[-2] * x.shape[-1], 0), x.shape[-1]
+    return x, tokens, x.stride(-2)
+
+
+def _two_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Rows | None:
     levels: list[tuple[int, int]] = []  # (size, stride), outermost first
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+    for size, stride in zip(shape, strides, strict=True):
         if size == 1:
             continue
         if levels and levels[-1][1] == size * stride:
             levels[-1] = (levels[-1][0] * size, stride)
         else:
             levels.append((size, stride))
-    if len(levels) > 2 or (x.stride(-1) != 1 and x.shape[-1] > 1):
-        return x.contiguous(), Rows(1, x.shape[-1], 0)
+    if len(levels) > 2:
+        return None
     if len(levels) == 2:
-        return x, Rows(levels[1][0], levels[0][1], levels[1][1])
-    return x, Rows(1, levels[0][1] if levels else 0, 0)
+        return Rows(levels[1][0], levels[0][1], levels[1][1])
+    return Rows(1, levels[0][1] if levels else 0, 0)
 
 
 @cache

@@ -243,6 +243,22 @@ def test_glu_linear_is_the_two_steps_to_the_bit(backend, activation, bias):
         assert torch.equal(a, b)
 
 
+def test_glu_linear_makes_its_product_in_the_pass_of_the_gradients(monkeypatch):
+    """In Triton; into a tensor of its own, so that nothing given changes."""
+    given = [t.requires_grad_() for t in (*draw((4, 20)), torch.randn(6, 20))] + [torch.randn(4, 6)]
+    kept = [t.detach().clone() for t in given]
+    truth = [t.detach().double().requires_grad_() for t in given]
+    linear = torch.nn.functional.linear(glu.swiglu_definition(*truth[:2]), truth[2])
+    want = torch.autograd.grad(linear, truth[:3], truth[3])
+    with kernels.use("triton"):
+        y = kernels.glu_linear(*given[:3], activation="silu")
+        monkeypatch.setattr(glu, "_forward_triton", lambda *_: pytest.fail("a second pass"))
+        found = torch.autograd.grad(y, given[:3], given[3])
+    for got, true in zip(found, want, strict=True):
+        assert (got - true).abs().max() <= 1e-6 * true.abs().max()
+    assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
+
+
 def test_glu_linear_gives_only_the_gradients_that_are_wanted():
     gate, up, weight = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.randn(3, 6)
     kernels.glu_linear(gate, up, weight, activation="silu").sum().backward()
