@@ -1,4 +1,4 @@
-# make demo | test | check | clean. Everything goes into .venv; a second call installs nothing.
+# make demo | test | check | bench | bench-train | clean. Everything goes into .venv; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -7,7 +7,11 @@ CORES := $(shell nproc)
 # mypy can't see through an editable install, so it reads the package as a tree of links.
 TYPES := .venv/types
 
-.PHONY: demo test check clean
+# What bench compares with. One that doesn't install here is left out, and the results say so.
+ON_GPU := $(wildcard /dev/nvidia0 /dev/kfd)
+PEERS ?= trl==1.16.0 $(if $(ON_GPU),liger-kernel==0.8.5 cut-cross-entropy==25.1.1 quack-kernels==0.6.5)
+
+.PHONY: demo test check bench bench-train clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo-installed
@@ -25,6 +29,12 @@ check: .venv/test-installed
 	cp -rs "$(CURDIR)/kernels" $(TYPES)/burnish/kernels
 	cd $(TYPES) && ../bin/python -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p burnish
 
+bench: .venv/bench-installed
+	$(BIN)/burnish bench
+
+bench-train: .venv/bench-installed
+	$(BIN)/python benchmarks/train_gpu.py
+
 clean:
 	rm -rf .venv build burnish.egg-info out .pytest_cache .ruff_cache .mypy_cache .benchmarks
 
@@ -40,4 +50,8 @@ clean:
 
 .venv/test-installed: .venv/demo-installed
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+.venv/bench-installed: .venv/test-installed
+	@for peer in $(PEERS); do $(PIP) $$peer || echo "left out: $$peer doesn't install here"; done
 	@touch $@

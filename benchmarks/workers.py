@@ -67,7 +67,7 @@ class Clock:
         self.ends.append(time.time())
 
 
-def _trainer_of(engine: str, name: str):
+def trainer_of(engine: str, name: str):
     if engine == "burnish":
         import burnish
 
@@ -85,7 +85,7 @@ def _trainer_of(engine: str, name: str):
 
 def work(engine: str, job: Job) -> dict:
     began = _process_start()
-    config_class, trainer_class, clock = _trainer_of(engine, job.trainer)
+    config_class, trainer_class, clock = trainer_of(engine, job.trainer)
     arguments = {"output_dir": f"{os.environ['BENCHMARK_OUT']}/run", **job.config, "report_to": "none"}
     if engine == "burnish":
         arguments["overwrite_output_dir"] = True

@@ -197,9 +197,9 @@ def _level_kernel(e_ptr, e_row, parts_ptr, plane, blocks, power_ptr, labels_ptr,
             level = tl.exp2(tl.load(parts_ptr + plane + row * blocks + block) - power)
             at = block * BLOCK + tl.arange(0, BLOCK)
             here = e_ptr + row * e_row + at
-            change = (at < vocab) & (at != label)
-            e = tl.load(here, mask=change, other=0.0).to(tl.float32)
-            tl.store(here, (e * level).to(e_ptr.dtype.element_ty), mask=change)
+            e = tl.load(here, mask=at < vocab, other=0.0).to(tl.float32)
+            e = tl.where(at == label, e, e * level)  # in the mask it would leave no 16-byte access
+            tl.store(here, e.to(e_ptr.dtype.element_ty), mask=at < vocab)
 
 
 @triton.jit

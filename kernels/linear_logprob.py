@@ -82,6 +82,8 @@ def select(
 
     On the CPU a bad label is a ValueError. On a GPU, where asking would stall, it is a device-side assertion.
     """
+    if any(hasattr(tensor, "full_tensor") for tensor in (hidden, weight, bias)):
+        raise ValueError("a DTensor goes into the head: give its full_tensor(), or call this where it is gathered")
     vocab, size = weight.shape
     if hidden.shape[-1] != size or hidden.shape[:-1] != labels.shape:
         raise ValueError(

@@ -88,7 +88,7 @@ def backward_torch(
         buffer.addcmul_(dy, scale)
     buffer.mul_(rstd)
     if onto is not None:
-        buffer.add_(onto.reshape(-1, width))
+        buffer.add_(onto.to(rstd.dtype).reshape(-1, width))
     return buffer.to(x.dtype).view(x.shape), dw
 
 

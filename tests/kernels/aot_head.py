@@ -46,8 +46,7 @@ def row(dtype: str, blocks: int, store: bool, extra: bool = False) -> Case:
 def level(dtype: str) -> Case:
     types = {"e_ptr": f"*{dtype}", "e_row": "i32:16", "parts_ptr": "*fp32", "plane": "i32:16", "blocks": "i32:16"}
     types |= {"power_ptr": "*fp32", "labels_ptr": "*i64", "vocab": "i32:16"}
-    # its mask leaves the target out, one column at a time; rows that need it are rare
-    return Case(f"head level {dtype}", head._level_kernel, types, {"BLOCK": head.BLOCK}, 8, vector_loads=False)
+    return Case(f"head level {dtype}", head._level_kernel, types, {"BLOCK": head.BLOCK}, 8)
 
 
 def gradient(dtype: str, softcap: bool = False, extra: bool = False) -> Case:
