@@ -4,13 +4,16 @@ Saving is the PeftModel's own save_pretrained: adapter_model.safetensors and ada
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from burnish.config.errors import UserError
 from burnish.model.head import output_layer
+from burnish.model.probe import has_hooks
 
 
 def apply_adapter(model: nn.Module, source: Any, *, scores: bool = False) -> nn.Module:
@@ -93,3 +96,50 @@ def lora_config(config: Any, scores: bool = False) -> Any:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def is_adapted(layer: nn.Module) -> bool:
+    """Whether `layer` is a linear layer inside one of peft's LoRA layers, of whatever kind."""
+    return hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+
+
+def plain_lora(layer: nn.Module, ever: bool = False) -> tuple[nn.Linear, Tensor, Tensor, float] | str:
+    """(base layer, A [r, K], B [N, r], scale) of a peft layer that now computes base(x) + scale * B(A(x)).
+
+    Otherwise the reason why it has to be called as a module. Read anew for every call, so that set_adapter,
+    disable_adapter, merging and train() count. `ever`: dropout counts in eval mode too, where it is off for now.
+    """
+    home = sys.modules.get("peft.tuners.lora.layer")
+    if home is None or type(layer) is not home.Linear:
+        return f"{type(layer).__module__}.{type(layer).__name__} is not peft's LoRA on a plain linear layer"
+    if layer.disable_adapters or layer.merged:
+        return "its adapter is disabled or merged"
+    parts = layer._modules  # read past nn.Module.__getattr__: every adapter is looked at in every call
+    downs = parts["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in downs]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active"
+    (name,) = active
+    base, down, up = parts["base_layer"], downs[name], parts["lora_B"]._modules[name]
+    if name in layer.lora_variant:
+        return f"{type(layer.lora_variant[name]).__name__} is more than a low-rank product"
+    dropout = parts["lora_dropout"]._modules[name]
+    if type(dropout) is not nn.Identity and not (type(dropout) is nn.Dropout and not (ever or dropout.training)):
+        return "its input goes through dropout (lora_dropout)"
+    for part in (base, down, up):
+        if type(part) is not nn.Linear or "forward" in part.__dict__ or has_hooks(part):
+            return "its base or adapter is quantised, wrapped or has hooks"
+    weight, a, b = base._parameters["weight"], down._parameters["weight"], up._parameters["weight"]
+    if up._parameters["bias"] is not None or down._parameters["bias"] is not None:
+        return "its adapter has a bias (lora_bias)"
+    for tensor in (weight, a, b):
+        if type(tensor) not in (nn.Parameter, Tensor) or not tensor.is_floating_point():
+            return "its weights are quantised or distributed tensors"
+    narrower = weight.dtype != a.dtype and torch.promote_types(weight.dtype, a.dtype) != a.dtype
+    if a.dtype != b.dtype or narrower:
+        return f"its adapter is {a.dtype} beside {weight.dtype}"
+    if weight.dtype != a.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+        return "its input may not be cast (disable_input_dtype_casting)"
+    if "forward" in layer.__dict__ or has_hooks(layer):
+        return "it is wrapped or has hooks"
+    return base, a, b, layer.scaling[name]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from burnish.kernels import glu_linear, linear_cross_entropy, rms_norm
+from burnish.model import blocks
 from burnish.model.head import backbone, output_layer, read_head
-from burnish.model.probe import GLU_OPS, Match, glu, rotate
+from burnish.model.probe import GLU_OPS, Match, glu, has_hooks, rotate
 
 OP = "burnish_op"
 _ACTIVATIONS = {("swiglu", ""): "silu", ("geglu", "tanh"): "gelu_tanh", ("geglu", "none"): "gelu"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def installed_op(module: nn.Module) -> str | None:
@@ -40,11 +40,6 @@ def _own_op(method: object) -> str | None:
     function = getattr(method, "__func__", method)
     op, code = getattr(function, OP, (None, None))
     return op if code is getattr(function, "__code__", None) else None  # functools.wraps copies attributes, not code
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything runs around this module's forward: bypassing the module would bypass that too."""
-    return any(getattr(module, name, None) for name in _HOOKS)
 
 
 def norm_forward(match: Match) -> Callable:
@@ -108,6 +103,47 @@ def attention_forward(original: Callable, matches: dict[str, Match]) -> Callable
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, *, layout: str):
     return rotate(q, k, cos, sin, unsqueeze_dim, layout)
+
+
+def layer_forward(original: Callable) -> Callable:
+    """A decoder layer's forward made of burnish.model.blocks; the class's own runs wherever that can't answer.
+
+    Both run below transformers' gradient checkpointing, which newer versions put into the class's forward (older ones
+    into __call__, outside of this one).
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    outside = "__call__" in vars(GradientCheckpointingLayer)
+
+    def whole(self, x, position_embeddings, past_key_values=None, **kwargs):
+        return blocks.forward(self, x, *position_embeddings, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        if len(args) != 1 or not answers(self, kwargs):
+            return type(self).forward(self, *args, **kwargs)
+        if self.training and not outside and getattr(self, "gradient_checkpointing", False):
+            return self._gradient_checkpointing_func(partial(whole, self, **kwargs), *args)
+        return whole(self, *args, **kwargs)
+
+    return _marked(_named_like(original, forward), "decoder_layer")
+
+
+def answers(layer: nn.Module, call: dict) -> bool:
+    """Whether blocks can answer this call of a layer that it matches, now.
+
+    Not one that fills or reads a cache or returns attention weights, nor while something runs round a module that
+    blocks pass by (hooks, somebody's wrapper), nor eager attention, which is not in transformers' AttentionInterface.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if call.get("past_key_values") is not None or call.get("use_cache") or call.get("output_attentions"):
+        return False
+    implementation = layer.self_attn.config._attn_implementation  # type: ignore[union-attr]
+    if call.get("position_embeddings") is None or implementation not in ALL_ATTENTION_FUNCTIONS:
+        return False
+    return not any(
+        has_hooks(module) or ("forward" in vars(module) and not outermost(module)) for module in blocks.passed_by(layer)
+    )
 
 
 def loss_forward(original: Callable) -> Callable:

@@ -15,9 +15,10 @@ from torch import nn
 
 from burnish.config.errors import UserError
 from burnish.kernels import use
-from burnish.model import forwards
+from burnish.model import blocks, forwards
+from burnish.model.adapters import is_adapted, plain_lora
 from burnish.model.head import causal_lm, check_head, evaluating, read_head
-from burnish.model.probe import Match, glu_roles, norm_parts, probe_glu, probe_norm, probe_rope
+from burnish.model.probe import Match, glu_roles, has_hooks, norm_parts, probe_glu, probe_norm, probe_rope
 
 _REPLACED = "its forward was replaced before, not by burnish (device hooks, mixed precision, another patch)"
 
@@ -51,44 +52,49 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     model    a transformers causal LM, bare or inside a PeftModel, in any dtype and on any device. Norms become
              rms_norm, gated MLPs swiglu or geglu, rotary functions rope; and `model(input_ids, labels=...)` in
              training mode returns the loss of the fused head, with `logits` None.
-    strict   raise UserError if any candidate had to be left alone
+    strict   raise UserError if any of these had to be left alone. Whole decoder layers and LoRA adapters, which come
+             on top where they are of the plain kind (burnish.model.blocks), may be.
 
     Calling it twice is harmless. It runs the model on a few tokens, to compare losses. Raises UserError, with nothing
     changed, when nothing at all matches.
     """
     report, plan = PatchReport(), []
     counts: Counter[str] = Counter()
-    skipped: dict[tuple[str, str], list[str]] = {}
+    needed: dict[tuple[str, str], list[str]] = {}  # (class, reason): names
+    wished: dict[tuple[str, str], list[str]] = {}  # decoder layers and adapters, whose parts are patched as ever
     known: dict[tuple, tuple[str, Callable] | str] = {}
     for name, module in model.named_modules():
-        if (op := forwards.installed_op(module)) is not None:
-            counts[op] += 1
+        op = forwards.installed_op(module)
+        candidate = None if op is not None else next(_candidates(module, model), None)
+        if candidate is not None:
+            key = (candidate, _fingerprint(module), _inner_fingerprint(module) if candidate is _try_layer else ())
+            if key not in known:
+                known[key] = _REPLACED if "forward" in vars(module) else candidate(module)
+            found = known[key]
+            if isinstance(found, str):
+                reasons = wished if candidate is _try_layer else needed
+                reasons.setdefault((type(module).__name__, found), []).append(name)
+            else:
+                op, forward = found
+                plan.append((module, forward))
+        elif op is not None:
             report.already += 1
-            continue
-        candidate = next(_candidates(module, model), None)
-        if candidate is None:
-            continue
-        key = (candidate, _fingerprint(module))
-        if key not in known:
-            known[key] = _REPLACED if "forward" in vars(module) else candidate(module)
-        found = known[key]
-        if isinstance(found, str):
-            skipped.setdefault((type(module).__name__, found), []).append(name)
-        else:
-            op, forward = found
+        if op is not None:
             counts[op] += 1
-            plan.append((module, forward))
-    report.skipped = [(_named(kind, names), reason) for (kind, reason), names in skipped.items()]
-    report.patched = dict(sorted(counts.items()))
+        if op == "decoder_layer":
+            counts["lora_linear"] += _count_adapters(name, module, wished)
+    lines = [[(_named(kind, names), reason) for (kind, reason), names in each.items()] for each in (needed, wished)]
+    report.skipped = lines[0] + lines[1]
+    report.patched = {op: count for op, count in sorted(counts.items()) if count}
     if not counts:
         raise UserError(
             f"nothing to patch in {type(model).__name__}: no norm, gated MLP, rotary function or head matches",
             where="; ".join(f"{name}: {reason}" for name, reason in report.skipped),
             mend="burnish.patch takes a causal language model of transformers",
         )
-    if strict and report.skipped:
+    if strict and lines[0]:
         raise UserError(
-            "left alone: " + "; ".join(f"{name} ({reason})" for name, reason in report.skipped),
+            "left alone: " + "; ".join(f"{name} ({reason})" for name, reason in lines[0]),
             where="patch(strict=True)",
             mend="Nothing was patched; without strict these run the model's own code",
         )
@@ -123,6 +129,8 @@ def _candidates(module: nn.Module, model: nn.Module) -> Iterator[Callable]:
     """The trials that this module's structure calls for; each takes it and returns (op, forward) or a reason."""
     if module is causal_lm(model) and _has_output_layer(module):
         yield _try_head
+    if blocks.shape(module) is None:
+        yield _try_layer
     if norm_parts(module) is not None:
         yield _try_norm
     if glu_roles(module):
@@ -152,10 +160,32 @@ def _try_glu(module: nn.Module) -> tuple[str, Callable] | str:
     if not _takes_one_input(module):
         return "takes more than the hidden states"
     roles = {name for order in glu_roles(module) for name in order}
-    if any(forwards.has_hooks(child) for name, child in module.named_children() if name not in roles):
+    if any(has_hooks(child) for name, child in module.named_children() if name not in roles):
         return "its activation has hooks, which would not run"
     found = probe_glu(module)
     return found if isinstance(found, str) else (found.op, forwards.glu_forward(found))
+
+
+def _try_layer(module: nn.Module) -> tuple[str, Callable] | str:
+    for inner in blocks.passed_by(module):
+        if has_hooks(inner):
+            return f"its {type(inner).__name__} has hooks, which would not run"
+        if "forward" in vars(inner) and not forwards.outermost(inner):
+            return f"the forward of its {type(inner).__name__} was replaced before, not by burnish"
+    return blocks.matches(module) or ("decoder_layer", forwards.layer_forward(type(module).forward))
+
+
+def _count_adapters(name: str, layer: nn.Module, skipped: dict[tuple[str, str], list[str]]) -> int:
+    """How many LoRA adapters of a decoder layer run as lora_linear; the others' reasons go to `skipped`."""
+    count = 0
+    for path, projection in blocks.projections(layer).items():
+        if is_adapted(projection):
+            found = plain_lora(projection, ever=True)
+            if isinstance(found, str):
+                skipped.setdefault((f"LoRA {type(projection).__name__}", found), []).append(f"{name}.{path}")
+            else:
+                count += 1
+    return count
 
 
 def _try_rope(module: nn.Module) -> tuple[str, Callable] | str:
@@ -240,5 +270,11 @@ def _fingerprint(module: nn.Module) -> tuple:
         (name, type(child), getattr(child, "in_features", None), getattr(child, "out_features", None))
         for name, child in module._modules.items()
     )
-    hooked = tuple(name for name, child in module.named_children() if forwards.has_hooks(child))
+    hooked = tuple(name for name, child in module.named_children() if has_hooks(child))
     return type(module), "forward" in vars(module), tuple(sorted(plain.items())), shapes, children, hooked
+
+
+def _inner_fingerprint(layer: nn.Module) -> tuple:
+    """The same of a decoder layer's parts; rotation, window and scale are settings of the attention or its config."""
+    parts = [*layer.children(), *layer.self_attn.children()]  # type: ignore[union-attr]
+    return *map(_fingerprint, parts), id(getattr(layer.self_attn, "config", None))

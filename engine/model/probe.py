@@ -11,6 +11,7 @@ layers are replaced by element-wise stand-ins. So quantised, adapted or sharded 
 import copy
 import inspect
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ _SCALES = (1.0, 1e3, 1e-3)
 # (outputs) or of the tensor (gradients). Float32 leaves room for another order of the same sums. In bfloat16 one unit
 # in the last place is at most one eps; torch rounds after every element-wise operation and a definition need not.
 _LIMITS = {torch.float32: 16.0, torch.bfloat16: 2.0}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _WEIGHTLESS_WIDTH = 48
 NORM_SETTINGS = tuple({"cast": cast, "offset": offset} for cast in ("llama", "gemma") for offset in (0.0, 1.0))
@@ -42,6 +44,12 @@ class Match:
 
     op: str
     settings: dict = field(default_factory=dict)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything runs around this module's forward: bypassing the module would bypass that too."""
+    known = module.__dict__  # asked of every module of a layer at every call
+    return any([known.get(name) for name in _HOOKS])
 
 
 def norm_parts(module: nn.Module) -> tuple[str | None, str] | None:
@@ -93,18 +101,18 @@ def probe_norm(module: nn.Module) -> Match | str:
     errors = [0.0] * len(settings)
     # The last case is what autocast gives a float32 weight; the casts differ in what they return there.
     for x_dtype, w_dtype in (*zip(_DTYPES, _DTYPES, strict=True), (torch.bfloat16, torch.float32)):
-        weight = _randn(width, seed=1, dtype=w_dtype) if weight_name else None
+        weight = randn(width, seed=1, dtype=w_dtype) if weight_name else None
         for scale in _SCALES:
-            x = _scaled(_randn(5, width, seed=2), scale, x_dtype)
+            x = _scaled(randn(5, width, seed=2), scale, x_dtype)
             leaves = [x] if weight is None else [x, weight]
             try:
-                twin = _twin(module, {weight_name: weight} if weight_name else {}, {})
-                theirs = _run(lambda x, *_: twin.forward(x), leaves)  # noqa: B023  called before the next turn
+                twin = twin_of(module, {weight_name: weight} if weight_name else {}, {})
+                theirs = trial(lambda x, *_: twin.forward(x), leaves)  # noqa: B023  called before the next turn
             except Exception as error:  # whatever a module does on input that it is not made for
-                return f"could not be run alone ({_first_line(error)})"
+                return f"could not be run alone ({first_line(error)})"
             for index, options in enumerate(settings):
-                ours = _run(lambda x, w=None, options=options: rms_norm(x, w, eps, **options), leaves)
-                errors[index] = max(errors[index], _difference(theirs, ours, x_dtype))
+                ours = trial(lambda x, w=None, options=options: rms_norm(x, w, eps, **options), leaves)
+                errors[index] = max(errors[index], difference(theirs, ours, x_dtype))
     best = min(range(len(settings)), key=errors.__getitem__)
     if errors[best] > 0.5:  # a norm rounds once or twice: in bfloat16 no more than one unit in the last place
         return "computes something other than RMSNorm"
@@ -121,25 +129,25 @@ def probe_glu(module: nn.Module) -> Match | str:
         children = {}
         for seed, name in enumerate(sorted({name for roles, _ in fits for name in roles})):
             layer = module._modules[name]
-            children[name] = _Elementwise(layer.in_features, layer.out_features, seed, dtype)  # type: ignore
+            children[name] = Elementwise(layer.in_features, layer.out_features, seed, dtype)  # type: ignore
         width = children[min(fits)[0][0]].width
-        leaves = [_scaled(_randn(4, width, seed=9), scale, dtype)]
+        leaves = [_scaled(randn(4, width, seed=9), scale, dtype)]
         leaves += [tensor for child in children.values() for tensor in (child.scale, child.shift)]
         try:
-            twin = _twin(module, {}, children)
-            theirs = _run(lambda x, *_: twin.forward(x), leaves)  # noqa: B023  called before the next turn
+            twin = twin_of(module, {}, children)
+            theirs = trial(lambda x, *_: twin.forward(x), leaves)  # noqa: B023  called before the next turn
         except Exception as error:
-            return f"could not be run alone ({_first_line(error)})"
+            return f"could not be run alone ({first_line(error)})"
         errors = {}
         for roles, key in fits:
             layers = [children[name] for name in roles]
-            ours = _run(lambda x, *_: glu(x, layers, GLU_OPS[key]), leaves)  # noqa: B023
-            errors[roles, key] = _difference(theirs, ours, dtype)
+            ours = trial(lambda x, *_: glu(x, layers, GLU_OPS[key]), leaves)  # noqa: B023
+            errors[roles, key] = difference(theirs, ours, dtype)
         # bfloat16 can't tell the two forms of gelu apart; float32, which came first, can.
         fits = {fit for fit in fits if errors[fit] <= 1.0}
         if not fits:
-            still = _run(lambda x, *_: twin.eval().forward(x), leaves)  # noqa: B023
-            dropout = " in training mode (dropout?)" if _difference(theirs, still, dtype) > 1.0 else ""
+            still = trial(lambda x, *_: twin.eval().forward(x), leaves)  # noqa: B023
+            dropout = " in training mode (dropout?)" if difference(theirs, still, dtype) > 1.0 else ""
             return "computes something other than down(act(gate) * up)" + dropout
     roles, (op, approximate) = min(fits)
     return Match(op, {"roles": roles, "approximate": approximate})
@@ -164,17 +172,17 @@ def probe_rope(function: Callable, head_dim: int) -> Match | str:
     layouts = set(ROPE_LAYOUTS)
     for dtype, width, dim in itertools.product(_DTYPES, widths, (1, 2)):
         shape = (2, 3, 5, head_dim) if dim == 1 else (2, 5, 3, head_dim)  # [B, heads, T, D] or [B, T, heads, D]
-        q, k = _randn(*shape, seed=3, dtype=dtype), _randn(*shape, seed=4, dtype=dtype)
-        cos, sin = _randn(2, 5, width, seed=5, dtype=dtype), _randn(2, 5, width, seed=6, dtype=dtype)
+        q, k = randn(*shape, seed=3, dtype=dtype), randn(*shape, seed=4, dtype=dtype)
+        cos, sin = randn(2, 5, width, seed=5, dtype=dtype), randn(2, 5, width, seed=6, dtype=dtype)
         try:
-            theirs = _run(lambda q, k: function(q, k, cos, sin, unsqueeze_dim=dim), [q, k])  # noqa: B023
+            theirs = trial(lambda q, k: function(q, k, cos, sin, unsqueeze_dim=dim), [q, k])  # noqa: B023
         except Exception as error:
             if width < head_dim:  # it rotates whole heads only, and is never asked for less
                 continue
-            return f"could not be run alone ({_first_line(error)})"
+            return f"could not be run alone ({first_line(error)})"
         for layout in sorted(layouts):
-            ours = _run(lambda q, k: rotate(q, k, cos, sin, dim, layout), [q, k])  # noqa: B023
-            if _difference(theirs, ours, dtype) > 1.0:
+            ours = trial(lambda q, k: rotate(q, k, cos, sin, dim, layout), [q, k])  # noqa: B023
+            if difference(theirs, ours, dtype) > 1.0:
                 layouts.discard(layout)
     if not layouts:
         return "rotates in a way that is neither in halves nor interleaved"
@@ -195,7 +203,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, l
     return rope(q, k, cos, sin, interleaved=layout != "half")
 
 
-class _Elementwise(nn.Module):
+class Elementwise(nn.Module):
     """Stands in for a linear layer of the same shape: each output is one input times a number plus another.
 
     No product to sum up, so differences stay visible element by element. It has no `weight`: a module that reaches
@@ -205,36 +213,39 @@ class _Elementwise(nn.Module):
     def __init__(self, width: int, out: int, seed: int, dtype: torch.dtype):
         super().__init__()
         self.width, self.out = width, out
-        self.scale, self.shift = _randn(out, seed=20 + seed, dtype=dtype), _randn(out, seed=40 + seed, dtype=dtype)
+        self.scale, self.shift = randn(out, seed=20 + seed, dtype=dtype), randn(out, seed=40 + seed, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         index = torch.arange(self.out) % self.width
         return x[..., index] * self.scale + self.shift
 
 
-def _twin(module: nn.Module, parameters: dict, children: dict[str, nn.Module]) -> nn.Module:
+def twin_of(module: nn.Module, parameters: dict, children: dict[str, nn.Module]) -> nn.Module:
     """A shallow copy of `module` on the CPU in training mode with these parameters and children; no hooks run on it."""
     twin = copy.copy(module)
     for name, value in vars(module).items():
         if isinstance(value, dict):
             twin.__dict__[name] = copy.copy(value)
+    twin.__dict__.pop("forward", None)  # a patched one is bound to `module`
     twin._parameters.update(parameters)
     twin._buffers.update({name: buffer.cpu() for name, buffer in module._buffers.items() if buffer is not None})
     others = {name: child for name, child in module._modules.items() if child is not None and name not in children}
     twin._modules.update({name: copy.deepcopy(child).cpu() for name, child in others.items()} | children)
+    for inner in twin.modules():
+        inner.__dict__.update({name: OrderedDict() for name in _HOOKS})
     return twin.train()
 
 
-def _run(function: Callable, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+def trial(function: Callable, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
     """Outputs of the function on `leaves`, and the gradients of a fixed random projection of them to every leaf."""
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), use("reference"):
         outputs = function(*leaves)
         outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-        upstream = [_randn(*out.shape, seed=7, dtype=out.dtype) for out in outputs]
+        upstream = [randn(*out.shape, seed=7, dtype=out.dtype) for out in outputs]
         return outputs, list(torch.autograd.grad(outputs, leaves, upstream, allow_unused=True))
 
 
-def _difference(theirs: tuple, ours: tuple, dtype: torch.dtype) -> float:
+def difference(theirs: tuple, ours: tuple, dtype: torch.dtype) -> float:
     """The largest difference of outputs and gradients over what rounding in `dtype` explains; infinite if unlike."""
     limit = _LIMITS[dtype] * torch.finfo(dtype).eps
     worst = 0.0
@@ -253,7 +264,7 @@ def _difference(theirs: tuple, ours: tuple, dtype: torch.dtype) -> float:
     return worst
 
 
-def _randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A leaf on the CPU whatever the default device, without touching the global generator."""
     values = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return values.to(dtype).requires_grad_()
@@ -264,5 +275,5 @@ def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return ((x.detach() + 0.3) * scale).to(dtype).requires_grad_()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:100]

@@ -1,6 +1,7 @@
 """Tiny random models of many architectures, one template per kind; a test gets its own copy."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -64,3 +65,81 @@ def batch():
     mask[1, -3:] = 0
     labels[1, -3:] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A list that grows by one whenever a whole decoder layer runs as burnish.model.blocks."""
+    from burnish.model import blocks
+
+    calls, real = [], blocks.forward
+    monkeypatch.setattr(blocks, "forward", lambda *a, **k: calls.append(1) or real(*a, **k))
+    return calls
+
+
+@pytest.fixture
+def packed():
+    """packed(model) -> inputs: three sequences in one row, as burnish trains; labels are of each sequence alone."""
+    from burnish.model import attention
+
+    attention.register()
+
+    def inputs(model):
+        model.set_attn_implementation("burnish")
+        ids = torch.randint(3, 97, (24,), generator=torch.Generator().manual_seed(5))
+        cu = torch.tensor([0, 9, 10, 24], dtype=torch.int32)
+        places = torch.cat([torch.arange(n) for n in (9, 1, 14)])
+        labels = ids.clone()
+        labels[cu[:-1].long()] = -100
+        return {**attention.packed_arguments(ids, places, cu, 14), "labels": labels[None]}
+
+    return inputs
+
+
+@pytest.fixture
+def adapted():
+    """adapted(model, **fields of burnish's config) -> inside a PeftModel whose B matrices are away from zero."""
+    from burnish.model.adapters import apply_adapter
+
+    def inside(model, **changes):
+        plain = {
+            "lora_modules_to_save": None,
+            "use_rslora": False,
+            "use_dora": False,
+            "lora_target_modules": "all-linear",
+        }
+        torch.manual_seed(3)
+        fields = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **plain, **changes}
+        model = apply_adapter(model, types.SimpleNamespace(**fields))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        return model.train()
+
+    return inside
+
+
+@pytest.fixture
+def gradients():
+    """gradients(model, loss) -> {name: gradient} of a backward; the model's own are cleared."""
+
+    def of(model, loss):
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    return of
+
+
+@pytest.fixture
+def assert_same():
+    """assert_same(got, want, limit): gradients alike, up to `limit` of the largest value of each tensor."""
+
+    def check(got, want, limit=2e-6):
+        assert got.keys() == want.keys()
+        for name, grad in want.items():
+            error = (got[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-20)
+            assert error <= limit, f"{name}: {error:.1e}"
+
+    return check

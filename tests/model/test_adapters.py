@@ -55,15 +55,15 @@ def test_a_peft_config_is_taken_as_it_is(tiny):
 
 @pytest.mark.parametrize("first", ["adapter", "patch"])
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "fused"),
     [
-        {"lora_target_modules": "all-linear"},
-        {"lora_modules_to_save": ["lm_head"]},
-        {"use_dora": True, "lora_target_modules": ["gate_proj", "down_proj"]},
+        ({"lora_target_modules": "all-linear"}, 14),
+        ({"lora_modules_to_save": ["lm_head"]}, 4),
+        ({"use_dora": True, "lora_target_modules": ["gate_proj", "down_proj"]}, 0),
     ],
     ids=["all-linear", "lm_head saved whole", "dora"],
 )
-def test_adapters_train_alike_under_a_patched_model(tiny, batch, first, changes):
+def test_adapters_train_alike_under_a_patched_model(tiny, batch, first, changes, fused):
     torch.manual_seed(3)
     original = adapted(tiny("llama"), **changes)
     base = tiny("llama")
@@ -72,7 +72,8 @@ def test_adapters_train_alike_under_a_patched_model(tiny, batch, first, changes)
     torch.manual_seed(3)
     patched = adapted(base, **changes)
     report = patch(patched)
-    assert report.patched == {"linear_cross_entropy": 1, "rms_norm": 5, "rope": 2, "swiglu": 2}
+    assert report.patched.pop("lora_linear", 0) == fused
+    assert report.patched == {"decoder_layer": 2, "linear_cross_entropy": 1, "rms_norm": 5, "rope": 2, "swiglu": 2}
     check_head(patched, read_head(patched))
     assert backbone(patched) is patched.get_base_model().model
     expected, got = original(**batch).loss, patched(**batch)
@@ -86,7 +87,7 @@ def test_adapters_train_alike_under_a_patched_model(tiny, batch, first, changes)
             assert (a.grad - b.grad).abs().max() < 5e-6 * a.grad.abs().max(), name
     with patched.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(patched(**batch).loss, tiny("llama")(**batch).loss, rtol=1e-6, atol=0)
-    assert unpatch(patched) == 10
+    assert unpatch(patched) == 12
 
 
 def test_the_head_that_is_read_is_the_one_that_trains(tiny):

@@ -9,7 +9,7 @@ from torch import nn
 
 import burnish
 from burnish.config.errors import UserError
-from burnish.model import probe
+from burnish.model import blocks
 from burnish.model.patch import patch, unpatch
 
 
@@ -29,8 +29,8 @@ def test_another_model_of_the_same_class_is_untouched(tiny, batch, monkeypatch):
     assert {name: set(vars(module)) for name, module in other.named_modules()} == attributes
 
     calls = []
-    real = probe.rope
-    monkeypatch.setattr(probe, "rope", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = blocks.rope
+    monkeypatch.setattr(blocks, "rope", lambda *a, **k: calls.append(1) or real(*a, **k))
     assert torch.equal(other(**batch).logits, before) and not calls
     mine(**batch)
     assert len(calls) == 2
@@ -90,7 +90,7 @@ def test_nothing_to_patch_always_raises():
 
 def test_a_bare_backbone_has_no_head_to_patch(tiny):
     report = patch(tiny("llama").model, strict=True)
-    assert report.patched == {"rms_norm": 5, "rope": 2, "swiglu": 2} and report.skipped == []
+    assert report.patched == {"decoder_layer": 2, "rms_norm": 5, "rope": 2, "swiglu": 2} and report.skipped == []
 
 
 def test_norms_of_one_class_with_different_behaviour_are_told_apart(tiny):
@@ -99,7 +99,11 @@ def test_norms_of_one_class_with_different_behaviour_are_told_apart(tiny):
     inner.__class__ = type("Shifted", (type(inner),), {"forward": lambda self, x: x + self.weight})
     report = patch(model)
     assert report.patched["rms_norm"] == 4
-    assert report.skipped == [("model.layers.1.input_layernorm", "computes something other than RMSNorm")]
+    reason = "computes something other than RMSNorm"
+    assert report.skipped == [
+        ("model.layers.1.input_layernorm", reason),
+        ("model.layers.1", f"its norm Shifted {reason}"),
+    ]
 
 
 def test_hooks_go_on_running_or_keep_their_module_out(tiny, batch):
@@ -111,7 +115,11 @@ def test_hooks_go_on_running_or_keep_their_module_out(tiny, batch):
     model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: seen.append("act"))
     report = patch(model)
     assert report.patched["swiglu"] == 1 and report.patched["rms_norm"] == 5
-    assert report.skipped == [("model.layers.1.mlp", "its activation has hooks, which would not run")]
+    assert report.skipped == [
+        ("model.layers.1.mlp", "its activation has hooks, which would not run"),
+        ("model.layers.0", "its LlamaMLP has hooks, which would not run"),
+        ("model.layers.1", "its SiLUActivation has hooks, which would not run"),
+    ]
     seen.clear()  # patch runs the model on a few tokens
     model(**batch).loss.backward()
     assert seen == ["norm", "up", "act", "mlp backward"]
@@ -140,11 +148,11 @@ def test_unpatch_refuses_below_somebody_elses_wrapper(tiny):
         return ours(*args, **kwargs)
 
     model.forward = wrapper
-    assert patch(model).already == 10
+    assert patch(model).already == 12
     with pytest.raises(UserError, match="wrapped after patching"):
         unpatch(model)
     model.forward = ours
-    assert unpatch(model) == 10
+    assert unpatch(model) == 12
 
 
 def test_layers_that_cannot_be_copied_are_called_not_read(tiny, batch):
@@ -175,4 +183,5 @@ def test_a_model_on_the_meta_device_is_patched_except_for_the_head(tiny):
 
         model = AutoModelForCausalLM.from_config(tiny("llama").config)
     report = patch(model)
-    assert report.patched == {"rms_norm": 5, "rope": 2, "swiglu": 2} and "meta" in report.skipped[0][1]
+    assert report.patched == {"decoder_layer": 2, "rms_norm": 5, "rope": 2, "swiglu": 2}
+    assert "meta" in report.skipped[0][1]

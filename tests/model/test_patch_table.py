@@ -29,6 +29,7 @@ TABLE = {
     "mixtral": (5, PLAIN, 0, None, "half"),
     "qwen3_moe": (9, PLAIN, 0, None, "half"),
 }
+WHOLE_LAYERS = {"llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"}  # the rest has its parts patched
 LEFT_ALONE = {
     "cohere2": ("Cohere2LayerNorm x3", "other than RMSNorm"),
     "mixtral": ("MixtralExperts x2", "three-dimensional"),
@@ -53,7 +54,8 @@ def test_what_is_patched_and_what_is_left_alone(tiny, name):
         if type(module).__name__.endswith("Attention"):
             rotary = type(module).forward.__globals__["apply_rotary_pos_emb"]
             assert probe_rope(rotary, module.head_dim).settings["layout"] == layout
-    expected = {"rms_norm": norms, op: mlps, "rope": 2, "linear_cross_entropy": 1}
+    layers = 2 if name in WHOLE_LAYERS else 0
+    expected = {"rms_norm": norms, op: mlps, "rope": 2, "linear_cross_entropy": 1, "decoder_layer": layers}
     report = patch(model)
     assert report.patched == {key: count for key, count in expected.items() if count}
     if name not in LEFT_ALONE:
