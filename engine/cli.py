@@ -9,6 +9,8 @@ import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from burnish.config.errors import UserError
 
@@ -58,15 +60,12 @@ def _dispatch(argv: list[str]) -> int:
 def _train(verb: str, words: list[str]) -> int:
     """Train: one YAML file, `key=value` words, or both."""
     import burnish
-    from burnish.config.load import load
 
-    config_class = getattr(burnish, CONFIGS[verb])
     if not words or {"-h", "--help", "--help-all"} & {*words}:
-        print(_keys_help(verb, config_class, everything="--help-all" in words))
+        print(_keys_help(verb, getattr(burnish, CONFIGS[verb]), everything="--help-all" in words))
         return 0
     command = shlex.join(["burnish", verb, *words])
-    path = words.pop(0) if "=" not in words[0] and not words[0].startswith("-") else None
-    config = load(config_class, path, words)
+    config = _configuration(verb, words)
     from burnish.run import train
 
     result = train(config)
@@ -120,6 +119,36 @@ def _compare(words: list[str]) -> int:
     return 0
 
 
+def _preview(words: list[str]) -> int:
+    usage = "preview [VERB] run.yaml [rows=5] [html=FILE] [key=value ...]"
+    if not words or words[0].startswith("-"):
+        return _usage(
+            words, usage, "Shows rows as the model will see them: trained, context and special tokens, packs."
+        )
+    verb = words.pop(0) if words[0] in CONFIGS else "sft"
+    own = {name: word.partition("=")[2] for word in words if (name := word.partition("=")[0]) in ("rows", "html")}
+    if not own.get("rows", "5").isdigit() or own.get("rows") == "0":
+        raise UserError(f"rows={own['rows']} is no number of rows", where="command line", mend=f"Run: burnish {usage}")
+    config = _configuration(verb, [word for word in words if word.partition("=")[0] not in ("rows", "html")])
+    from burnish.verbs import preview
+
+    shown, lengths = preview.preview(config, int(own.get("rows", "5")))
+    if "html" in own:
+        print(preview.write_page(preview.as_html(shown, lengths, config.dataset_name), Path(own["html"])))
+    else:
+        print(preview.as_text(shown, lengths, preview.wants_colour()))
+    return 0
+
+
+def _configuration(verb: str, words: list[str]) -> Any:
+    """The configuration of a training verb: one YAML file, `key=value` words, or both."""
+    import burnish
+    from burnish.config.load import load
+
+    path = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") else None
+    return load(getattr(burnish, CONFIGS[verb]), path, words)
+
+
 def _merge(words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         return _usage(words, "merge RUN [dataset_name=FILE]", "Merges a run's adapter into its base, into RUN/merged.")
@@ -138,6 +167,31 @@ def _chat(words: list[str]) -> int:
 
     chat(words[0], words[1:])
     return 0
+
+
+def _plan(words: list[str]) -> int:
+    from burnish.verbs.plan import HELP, parse, plan
+
+    if not words or {"-h", "--help"} & {*words}:
+        print(HELP)
+        return 0
+    import burnish
+
+    request = parse(words, CONFIGS)
+    print(plan(request, getattr(burnish, CONFIGS[request.verb])))
+    return 0
+
+
+def _bench(words: list[str]) -> int:
+    if {"-h", "--help"} & {*words}:
+        usage = "bench [small=true] [only=OP] [minutes=NUMBER] [out=FOLDER]"
+        what = """Times every op beside the peers that are installed; only what gives right results is timed.
+Ends within 9 minutes on a GPU; on a CPU, or with small=true, small shapes in 1.5 minutes.
+Writes the device's JSON, table and plot into benchmarks/results of a clone, else into out/bench."""
+        return _usage(["--help"], usage, what)
+    from burnish.verbs.bench import bench
+
+    return bench(words)
 
 
 def _usage(words: list[str], usage: str, what: str) -> int:
@@ -165,10 +219,13 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "kto": ("Kahneman-Tversky optimization, on completions rated good or bad", partial(_train, "kto")),
     "bco": ("binary classifier optimization, on completions rated good or bad", partial(_train, "bco")),
     "reward": ("reward modelling, on pairs of completions", partial(_train, "reward")),
+    "preview": ("rows as the model will see them: burnish preview [VERB] run.yaml", _preview),
     "merge": ("an adapter into its base model, proved on training rows: burnish merge RUN", _merge),
     "chat": ("talk to what a run left: burnish chat RUN [base=true]", _chat),
+    "plan": ("memory and speed of a run before it runs, no GPU, no weights: burnish plan run.yaml", _plan),
     "report": ("one page of a finished or running run, as HTML and Markdown: burnish report RUN", _report),
     "compare": ("two runs beside each other: burnish compare RUN RUN", _compare),
+    "bench": ("every op beside its peers on this machine, results checked first: burnish bench", _bench),
     "demo": ("train a small real chat model on a small real corpus, on any machine, no model hub", _demo),
     "env": ("versions, device, kernel backends", _env),
 }

@@ -21,7 +21,8 @@ class Interrupt:
     """
 
     def __init__(self, folder: Path, say: Callable[[str, str], None]):
-        self.folder, self.number = folder, None
+        self.folder = folder
+        self.number: int | None = None
         self._say = say
         self._before: dict[int, Any] = {}
         self._depth = 0

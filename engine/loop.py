@@ -8,6 +8,7 @@ back outside the log gate. `TrainState` is what a checkpoint must hold to go on 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from burnish.data.stream import StreamBatches
 from burnish.metrics import Accumulator, Log, memory_gib, peak_flops, step_flops, step_line
 from burnish.model.head import evaluating
 from burnish.objectives import Objective
-from burnish.optim import Updater
+from burnish.optim.updater import Updater
 
 
 @dataclass
@@ -62,6 +63,9 @@ class Hooks:
     notify    (event, **extra) -> None: tell the callbacks (event is one of transformers' on_... names)
     stopping  () -> whether somebody wants the run to stop: asked after every step and batch of an evaluation
     saving    () -> whether somebody wants a checkpoint: asked after every step
+    window    () -> a context: the forwards and backwards of one step run inside it
+    heaviest  () -> a micro-batch to run first, forward and backward without an update, or None
+    measured  (GiB) -> None: the peak of memory after that, or on a GPU after the first window
     """
 
     evaluate: Callable[[], dict[str, float]] | None = None
@@ -69,6 +73,9 @@ class Hooks:
     notify: Callable[..., None] = lambda event, **extra: None
     stopping: Callable[[], bool] = lambda: False
     saving: Callable[[], bool] = lambda: False
+    window: Callable[[], AbstractContextManager] = nullcontext
+    heaviest: Callable[[], Batch | None] = lambda: None
+    measured: Callable[[float], None] = lambda gib: None
 
 
 class Stopped(Exception):
@@ -169,6 +176,26 @@ def _train_window(window: list[Batch], objective: Objective, device, gate: _Gate
     return total
 
 
+def _rehearse(objective: Objective, updater: Updater, device, hooks: Hooks) -> bool:
+    """Forward and backward of the heaviest micro-batch, if there is one to run first: what doesn't fit fails now.
+
+    Leaves no trace: no update, no gradient, no random number drawn, no running sum moved.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # loading may have held more
+    batch = hooks.heaviest()
+    if batch is None:
+        return False
+    state = {name: value.clone() for name, value in objective.state.items()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), updater.rehearsing(), hooks.window():
+        placed = batch.to(device)
+        loss_sum, _ = objective.step(placed, objective.window([placed]))
+        (loss_sum / max(1, objective.count(batch))).backward()
+    objective.state.update(state)
+    hooks.measured(memory_gib())
+    return True
+
+
 def fit(
     model: nn.Module,
     batches: Batches | StreamBatches,
@@ -189,9 +216,10 @@ def fit(
     device = next(model.parameters()).device
     size = config.gradient_accumulation_steps
     per_epoch = len(batches)
+    model.train()
+    rehearsed = _rehearse(objective, updater, device, hooks)
     gate = _Gate(model, config, state)
     began, first = time.perf_counter(), state.global_step
-    model.train()
     hooks.notify("on_train_begin")
     if state.evaluation_owed:
         _pay(state, control, config, hooks)
@@ -203,7 +231,10 @@ def fit(
             if window is None:
                 break
             gate.waited += time.perf_counter() - waiting
-            loss = _train_window(window, objective, device, gate)
+            with hooks.window():
+                loss = _train_window(window, objective, device, gate)
+            if not rehearsed and state.global_step == first and device.type == "cuda":
+                hooks.measured(memory_gib())
             norm = updater.step()
             _advance(state, window, per_epoch)
             gate.losses.append(loss)

@@ -27,6 +27,8 @@ from burnish.data.split import hold_out
 from burnish.data.stream import StreamBatches
 from burnish.kernels import use
 from burnish.kernels.attention import attention_backend
+from burnish.memory.forecast import memory_for
+from burnish.memory.layers import install
 from burnish.metrics import Log
 from burnish.model.adapters import apply_adapter
 from burnish.model.attention import register
@@ -35,7 +37,9 @@ from burnish.model.isolation import check_isolation
 from burnish.model.load import align, check_vocabulary, drop_dropout, load_config, load_model, load_tokenizer
 from burnish.model.patch import PatchReport, patch
 from burnish.objectives import Objective, odds, preference, reward, sft, unpaired
-from burnish.optim import cast_parameters
+from burnish.optim.build import check_optimizer
+from burnish.optim.footprint import ROUNDED
+from burnish.optim.updater import cast_parameters
 from burnish.reference import Reference, cache_sums, make_reference
 from burnish.training import Run, RunResult, goes_on, refuse_overwriting
 
@@ -71,6 +75,7 @@ def assemble(
     _seed(config.seed)
     device = device_for(config)
     log.say("burnish", f"{config.output_dir}  {describe_device(device)}, torch {torch.__version__}")
+    check_optimizer(config, compute_dtype(config, device), optimizers[0])
     log.keep(f"{'verb':<8} {type(config).__name__.removesuffix('Config').lower()}")
     log.keep(f"{'versions':<8} {_versions()}")
     if device.type == "cpu" and keep_freed_memory():
@@ -86,14 +91,13 @@ def assemble(
     began = time.perf_counter()
     source = model if isinstance(model, nn.Module) else name
     network, report = _network(config, source, device, peft_config, tokenizer)
-    # A caller's optimizer holds the parameters as they are: then nothing is cast.
-    casts = config.dtype != "bfloat16" and optimizers[0] is None
-    masters = cast_parameters(network, compute_dtype(config, device)) if casts else {}
+    masters = _cast(config, network, device) if optimizers[0] is None else {}  # a caller's holds parameters as they are
     check_vocabulary(tokenizer, network)
     head = None if isinstance(config, RewardConfig) else read_head(network)
     reference = _reference(config, network, ref_model, device, [batches, eval_batches], log)
     objective = next(make for kind, make in OBJECTIVES.items() if isinstance(config, kind))
     log.say("kernels", _kernels_line(report, network, device))
+    memory, plan = _memory(config, network, batches, device, log)
     log.say("start", f"data {data_seconds:.1f} s  model {time.perf_counter() - began:.1f} s")
     return Run(
         config,
@@ -107,6 +111,8 @@ def assemble(
         log,
         list(callbacks or ()),
         tuple(optimizers),
+        memory=memory,
+        plan=plan,
     )
 
 
@@ -123,6 +129,20 @@ def train(config: Any, **objects: Any) -> RunResult:
         if result.interrupted is None:
             run.log.say("model", str(run.save_model()))
     return result
+
+
+def read_tokenizer(config: Any) -> Any:
+    """The tokenizer that a configuration names, with the template and tokens it sets."""
+    return _tokenizer(config, config.model_name_or_path)
+
+
+def read_batches(config: Any) -> Batches:
+    """The training batches of the data file that a configuration names, without its model: for a plan's lengths."""
+    name = config.model_name_or_path
+    vocabulary = _vocabulary(name, config.trust_remote_code)
+    batches, _ = _data(config, read_tokenizer(config), vocabulary, (None, None), None, Log(None, quiet=True))
+    assert isinstance(batches, Batches), "the configuration names a data file"
+    return batches
 
 
 def _data(
@@ -223,9 +243,16 @@ def _network(
         model.set_adapter(config.model_adapter_name)  # type: ignore[operator]
     if getattr(config, "disable_dropout", False):
         drop_dropout(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model, _prove(config, model)
+
+
+def _memory(config: Any, model: nn.Module, batches: Any, device: torch.device, log: Log) -> tuple:
+    """What saves memory, installed on the model as the keys or the plan say; and the plan (None without data)."""
+    wanted, plan, line = memory_for(config, model, batches, device)
+    memory = install(model, wanted)
+    log.say("memory", memory.line())
+    log.say("memory", line)
+    return memory, plan
 
 
 def _prove(config: Any, model: nn.Module) -> PatchReport:
@@ -263,6 +290,14 @@ def _reference(
                 if part is not None:
                     log.say("reference", cache_sums(reference, part, config))
     return reference
+
+
+def _cast(config: Any, network: nn.Module, device: torch.device) -> dict:
+    """Make the model compute in its dtype; returns the masters of `cast_parameters`."""
+    if config.dtype != "bfloat16":
+        return cast_parameters(network, compute_dtype(config, device), config.optim)
+    # adapters on a bfloat16 base are float32, which these optimizers don't step
+    return cast_parameters(network, torch.bfloat16, config.optim) if config.optim in ROUNDED else {}
 
 
 def _seed(seed: int) -> None:

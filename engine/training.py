@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from burnish import checkpoint as disk
 from burnish.config.errors import UserError
 from burnish.config.load import dump
-from burnish.data.batch import Batches
+from burnish.data.batch import Batch, Batches
 from burnish.data.stream import StreamBatches
 from burnish.interrupt import Interrupt
 from burnish.kernels import use
 from burnish.loop import Control, Hooks, TrainState, evaluate, fit, total_steps
+from burnish.memory.forecast import Forecast
+from burnish.memory.layers import Installed
+from burnish.memory.settings import Memory
 from burnish.metrics import Log, clock
 from burnish.objectives import Objective
 from burnish.optim.updater import Updater
@@ -34,7 +37,7 @@ MAY_CHANGE = frozenset(
     "dataset_train_split dataset_test_split max_steps num_train_epochs per_device_eval_batch_size eval_packing "
     "logging_steps logging_first_step eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
     "save_only_model load_best_model_at_end metric_for_best_model greater_is_better resume_from_checkpoint use_cpu "
-    "strict_patch trust_remote_code".split()
+    "strict_patch trust_remote_code heaviest_batch_first".split()
 )
 
 
@@ -68,6 +71,8 @@ class Run:
     optimizers: tuple = (None, None)
     state: TrainState = field(default_factory=TrainState)
     control: Control = field(default_factory=Control)
+    memory: Installed = field(default_factory=lambda: Installed(Memory(False)))
+    plan: Forecast | None = None
 
     def __post_init__(self) -> None:
         self.interrupt = Interrupt(self.folder, self.log.say)
@@ -82,7 +87,7 @@ class Run:
         What the user can mend raises UserError before the first step. A signal or a STOP file ends it early, with
         everything saved (burnish.interrupt).
         """
-        with self.interrupt:
+        with self.interrupt, self.plan.explaining() if self.plan else nullcontext():
             return self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> RunResult:
@@ -118,6 +123,9 @@ class Run:
             notify=self._notify,
             stopping=self.interrupt.stopping,
             saving=self.interrupt.saving,
+            window=self.memory.step,
+            heaviest=self._heaviest,
+            measured=lambda gib: self.log.say("memory", self.plan.compare(gib)) if self.plan else None,
         )
         with use(self.config.kernels), closing(updater):
             if self.config.eval_on_start and source is None and hooks.evaluate:
@@ -179,10 +187,15 @@ class Run:
         disk.save_final(self.model, self.tokenizer, target)
         return target
 
+    def _heaviest(self) -> Batch | None:
+        return self.plan.rehearsal(self.batches, self.config.heaviest_batch_first) if self.plan else None
+
     def _notify(self, event: str, **extra) -> None:
         syncs = event == "on_step_end" and self.reference is not None and getattr(self.config, "sync_ref_model", False)
         if syncs and self.state.global_step % self.config.ref_model_sync_steps == 0:
             self.reference.mix_in(self.model, self.config.ref_model_mixup_alpha)  # type: ignore[union-attr]
+        for line in self.memory.news():
+            self.log.say("memory", line)
         for callback in self.callbacks:
             if (call := getattr(callback, event, None)) is not None:
                 call(self.config, self.state, self.control, model=self.model, processing_class=self.tokenizer, **extra)

@@ -34,7 +34,8 @@ def test_help_and_mistakes_come_within_0_3_s(words, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["--version"], ["sft", "--help-all"], ["demo", "--help"], ["env", "-h"]]
+    "words",
+    [[], ["--help"], ["--version"], ["sft", "--help-all"], ["demo", "--help"], ["env", "-h"], ["bench", "--help"]],
 )
 def test_answers_without_torch(words, tmp_path):
     code = f"import sys; from burnish.cli import main; code = main({words!r}); print(code, 'torch' in sys.modules)"
@@ -83,6 +84,12 @@ def test_debug_shows_the_traceback(tmp_path):
         (["sft", "--seed", "1"], "command line: '--seed' is not key=value. Write seed=VALUE"),
         (["sft", "seed=1", "run.yaml"], "command line: 'run.yaml' is not key=value. Write run.yaml=VALUE"),
         (["demo", "a", "b"], "command line: demo takes one folder, got a b. burnish demo out/demo"),
+        (
+            ["bench", "--small"],
+            "command line: bench doesn't take --small. Run: burnish bench [small=true] [only=OP] [minutes=NUMBER] "
+            "[out=FOLDER]",
+        ),
+        (["bench", "minutes=0"], "command line: minutes=0: want a number from 0.5 on. Write minutes=9"),
         (["env", "x"], "command line: env takes no arguments, got x. Run: burnish env"),
     ],
 )
@@ -109,9 +116,10 @@ def test_interrupt_is_exit_130_and_a_fault_keeps_its_traceback(monkeypatch, caps
 
 def test_sft_hands_the_loaded_configuration_to_run(tmp_path, monkeypatch):
     import burnish.run
+    from burnish.training import RunResult
 
     seen = []
-    monkeypatch.setattr(burnish.run, "train", seen.append)
+    monkeypatch.setattr(burnish.run, "train", lambda config: seen.append(config) or RunResult(tmp_path, 1, {}))
     (tmp_path / "run.yaml").write_text("output_dir: here\nseed: 3\n")
     assert cli.main(["sft", str(tmp_path / "run.yaml"), "seed=4"]) == 0
     (config,) = seen

@@ -16,7 +16,7 @@ from burnish.model.attention import register
 from burnish.model.head import read_head
 from burnish.model.patch import patch
 from burnish.objectives import sft
-from burnish.optim import Updater, cast_parameters
+from burnish.optim.updater import Updater, cast_parameters
 
 LENGTHS = [9, 2, 17, 5, 30, 11, 3, 8, 14, 6, 21]
 

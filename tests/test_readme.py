@@ -1,5 +1,7 @@
-"""The README and CONTRIBUTING do what they say: commands exist, YAML loads strictly, Python runs, tests are there."""
+"""The README, CONTRIBUTING and docs do what they say: commands exist, YAML loads strictly, Python runs, tests are
+there."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from burnish.cli import VERBS
+import burnish
+from burnish.cli import CONFIGS, VERBS
 from burnish.config.fields import SFTConfig
 from burnish.config.load import load
 from burnish.config.preference import DPOConfig
+from burnish.data.formats import detect
 from burnish.verbs import demo
 
+OWN = {"preview": ("rows", "html"), "chat": ("base",)}  # words that are a verb's own and no keys of a configuration
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+NAMES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 BLOCKS = [
     (name, language, code)
     for name, text in PAGES.items()
@@ -34,24 +40,42 @@ def commands() -> list[list[str]]:
 
 
 def test_every_block_has_a_language_that_is_checked():
-    assert {language for _, language, _ in BLOCKS} == {"bash", "yaml", "python", "text"}
+    assert {language for _, language, _ in BLOCKS} == {"bash", "yaml", "python", "text", "json"}
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_exist(words):
     program, *rest = words
     if program == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
         assert set(rest) <= set(targets)
     elif program == "burnish":
         assert rest[0] in VERBS
-        overrides = [word for word in rest[1:] if "=" in word]
-        load(SFTConfig, None, overrides)
-        assert set(rest[1:]) - set(overrides) <= {"run.yaml", "--help", "out/demo/dpo.yaml"}
+        words = rest[2:] if rest[1:2] and rest[1] in CONFIGS else rest[1:]
+        overrides = [word for word in words if "=" in word]
+        load(SFTConfig, None, [word for word in overrides if word.partition("=")[0] not in OWN.get(rest[0], ())])
+        files = {word for word in words if word not in overrides and not word.startswith("out/")}
+        assert files <= {"run.yaml", "--help"}
+    elif program == "touch":
+        assert all(word.endswith(("/STOP", "/SAVE")) for word in rest)
     elif program.startswith("."):
         assert (ROOT / program).stat().st_mode & 0o100
     else:
         assert words[:2] == ["pip", "install"]
+
+
+@pytest.mark.parametrize("code", blocks("json"))
+def test_json_rows_are_formats_that_burnish_knows(code):
+    """A block holds one row a line; each is recognised for what the page says, by one of the readers."""
+    kinds = []
+    for line in code.splitlines():
+        row = json.loads(line)
+        if "chosen" in row or "label" in row:
+            kinds.append("chosen" in row)
+            assert set(row) <= {"prompt", "chosen", "rejected", "completion", "label"}
+        else:
+            kinds.append(detect(row, "text", "the page"))
+    assert kinds == ["messages", "prompt-completion", True, False]
 
 
 def test_the_demo_writes_the_files_that_it_names(tmp_path):
@@ -72,7 +96,8 @@ def test_the_demo_writes_the_files_that_it_names(tmp_path):
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_yaml_is_a_configuration(code, tmp_path):
     (tmp_path / "run.yaml").write_text(code)
-    config = load(SFTConfig, tmp_path / "run.yaml")
+    verb = re.search(r"^# burnish (\w+) ", code)
+    config = load(getattr(burnish, CONFIGS[verb[1]]) if verb else SFTConfig, tmp_path / "run.yaml")
     assert sum(origin != "default" for origin in config.origins.values()) == len(re.findall(r"^\w+:", code, flags=re.M))
 
 
@@ -85,7 +110,7 @@ def test_python_runs(code, tmp_path, monkeypatch, tiny_model, chat_file):
     exec(compile(code, "README.md", "exec"), names)
     if "trainer" in names:
         assert names["trainer"].state.global_step == 2 and (tmp_path / "out/script/model.safetensors").exists()
-    else:
+    if "model" in names:
         assert any(parameter.grad is not None for parameter in names["model"].parameters())
 
 

@@ -26,6 +26,16 @@ SCHEDULES = (
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 )
+OPTIMIZERS = (
+    "adamw_torch_fused",
+    "adamw_torch",
+    "adamw_bf16",
+    "adamw_bf16_sr",
+    "adamw_8bit",
+    "adamw_torch_8bit",
+    "sgd",
+    "adafactor",
+)
 
 
 @dataclass
@@ -124,7 +134,14 @@ class TrainConfig:
         0, "steps (or, below 1, share of all steps) over which the learning rate rises", low=0, common=True
     )
     warmup_ratio: float = key(0.0, "older name for warmup_steps as a share of all steps", low=0, high=1)
-    optim: str = key("adamw_torch_fused", "optimizer", choices=("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"))
+    optim: str = key(
+        "adamw_torch_fused",
+        "optimizer; adamw_bf16 takes 10 bytes a parameter, adamw_bf16_sr 8, adamw_torch 18 (in bfloat16 compute)",
+        choices=OPTIMIZERS,
+    )
+    optimizer_in_bwd: bool = key(
+        False, "step each parameter inside backward and free its gradient; needs max_grad_norm: 0, no accumulation"
+    )
     weight_decay: float = key(0.0, "decay of weights that are neither biases nor norms", low=0, common=True)
     adam_beta1: float = key(0.9, "AdamW's decay of the mean of gradients", low=0, high=1)
     adam_beta2: float = key(0.999, "AdamW's decay of the mean of squared gradients", low=0, high=1)
@@ -134,6 +151,28 @@ class TrainConfig:
         True, "recompute activations in the backward pass: less memory, about a third more time", common=True
     )
     gradient_checkpointing_kwargs: dict | None = key(None, "only {use_reentrant: false}, which is what burnish does")
+
+    # memory
+    activation_offloading: bool = key(
+        False, "keep checkpoints in the host's memory: room for longer sequences on a GPU", common=True
+    )
+    checkpoint_segment: int = key(
+        1, "layers a checkpoint; more: fewer checkpoints, half a forward pass more work", low=1, high=4
+    )
+    keep_attention: bool | None = key(
+        None, "keep each layer's attention output instead of computing it twice; default: where sequences are long"
+    )
+    tile_tokens: int | None = key(
+        None, "tokens of a tile, in which layers compute all but attention; 0: never; default: by the device", low=0
+    )
+    memory: str = key(
+        "config",
+        "config: as the keys say; auto: the plan chooses checkpointing, offloading, segments, tiles and kept attention",
+        choices=("config", "auto"),
+    )
+    heaviest_batch_first: bool | None = key(
+        None, "run the heaviest micro-batch once before training, without an update; default: on a GPU"
+    )
 
     # logging, evaluation, saving
     logging_steps: float = key(
@@ -221,7 +260,35 @@ class TrainConfig:
             for name in ("eval_dataset_name", "dataset_test_split"):
                 if getattr(self, name):
                     self._fail(f"test_split_size and {name} are both set", "test_split_size", name, mend="Keep one")
+        if self.optimizer_in_bwd:
+            self._check_in_backward()
+        for name in ("activation_offloading", "keep_attention", "tile_tokens"):
+            if getattr(self, name) and not self.gradient_checkpointing and self.memory == "config":
+                self._fail(
+                    f"{name} is about checkpoints, and gradient_checkpointing is off",
+                    name,
+                    "gradient_checkpointing",
+                    mend=f"Set gradient_checkpointing: true, or delete {name}",
+                )
         self._check_best()
+
+    def _check_in_backward(self) -> None:
+        """What can't be done when a parameter is updated before the gradients of the others are known."""
+        if self.gradient_accumulation_steps > 1:
+            self._fail(
+                "optimizer_in_bwd updates after every micro-batch, gradient_accumulation_steps asks for sums of them",
+                "optimizer_in_bwd",
+                "gradient_accumulation_steps",
+                mend="Set gradient_accumulation_steps: 1, or optimizer_in_bwd: false",
+            )
+        if self.max_grad_norm > 0:
+            self._fail(
+                f"optimizer_in_bwd can't clip to max_grad_norm {self.max_grad_norm:g}: the norm of all gradients is "
+                "only known when the first parameters have been updated",
+                "optimizer_in_bwd",
+                "max_grad_norm",
+                mend="Set max_grad_norm: 0",
+            )
 
     def _check_best(self) -> None:
         """Which checkpoint is best can only be told where every checkpoint was evaluated."""

@@ -35,7 +35,6 @@ REFUSED: dict[str, tuple[str, str]] = {
         "packed rows need burnish's own attention, which uses flash-attn where installed",
         "Delete it",
     ),
-    "activation_offloading": ("activations can't be moved to the host yet", "Use gradient_checkpointing: true"),
     "activation_checkpointing": ("TRL's name is used", "Use gradient_checkpointing"),
     "activation_checkpointing_kwargs": ("checkpointing is always non-reentrant and of every layer", "Delete it"),
     "torch_empty_cache_steps": ("shapes vary little, so the allocator's cache is kept", "Delete it"),

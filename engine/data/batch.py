@@ -334,6 +334,13 @@ class Batches:
             pieces = np.concatenate([self._units.table(unit) for unit in groups[i].tolist()])
             yield self._batch(pieces, mismatches.pieces(i) if mismatches is not None else None)
 
+    def heaviest(self, epoch: int) -> Batch:
+        """The epoch's micro-batch that costs most memory: most tokens, and of those the longest units."""
+        groups, order, _ = self._plan(epoch)
+        tokens = self._units.tokens
+        best = max(range(len(order)), key=lambda n: (tokens[groups[order[n]]].sum(), tokens[groups[order[n]]].max()))
+        return next(self.epoch(epoch, skip=best))
+
     def _batch(self, pieces: np.ndarray, glued: np.ndarray | None) -> Batch:
         """The batch of some units. pieces [n, 3]; glued [n, 2, 3]: the two pieces of each mismatched sequence."""
         examples, count = self.examples, len(pieces)

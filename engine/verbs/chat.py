@@ -1,7 +1,7 @@
 """`burnish chat RUN`: talk to what a run left, streaming; with the base model's answer beside it where asked for."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,11 @@ def _typed() -> Iterable[str]:
 
 def _settings(words: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {"base": False, "max_new_tokens": 512, "temperature": 0.0}
-    read = {"base": lambda text: {"true": True, "false": False}[text], "max_new_tokens": int, "temperature": float}
+    read: dict[str, Callable[[str], Any]] = {
+        "base": lambda text: {"true": True, "false": False}[text],
+        "max_new_tokens": int,
+        "temperature": float,
+    }
     for word in words:
         name, _, text = word.partition("=")
         try:

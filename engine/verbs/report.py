@@ -1,5 +1,6 @@
 """`burnish report RUN`: one page of a run, as self-contained HTML and as Markdown, from the files it left."""
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -122,6 +123,6 @@ def _cell(value: object) -> str:
     return f"{value}".replace("|", "\\|").replace("\n", " ")
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"

@@ -39,7 +39,8 @@ TRL_SCRIPT = {
     "dataset_streaming": False, "ignore_bias_buffers": False,
 }  # fmt: skip
 OURS = {
-    "eval_dataset_name", "test_split_size", "max_tokens_per_batch", "kernels", "strict_patch",
+    "eval_dataset_name", "test_split_size", "max_tokens_per_batch", "kernels", "strict_patch", "optimizer_in_bwd",
+    "checkpoint_segment", "keep_attention", "tile_tokens", "memory", "heaviest_batch_first",
     "warmup_ratio", "overwrite_output_dir",  # transformers' until version 5
 }  # fmt: skip
 # Where burnish's default is not the one of that name elsewhere, and why.

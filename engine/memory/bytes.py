@@ -1,0 +1,308 @@
+"""Bytes on the device and on the host, phase by phase: what a run holds at once, before it runs.
+
+A phase is a ledger: component -> bytes. What stays (weights, gradients, optimizer states) is exact; what autograd keeps
+is exact (`burnish.memory.saved`); the working sets of a layer and of the head are those of the kernels as they stand,
+at the moment when most is alive. What the driver, the libraries and fragmentation take is not among them: that is the
+card's reserve.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from burnish.kernels.head_cost import Cost, head_cost
+from burnish.memory.arena import ALIGNMENT, STASH
+from burnish.memory.saved import Checkpoint, Ledger, Place, checkpoints, layer_ledger, ledger, tables
+from burnish.memory.settings import Memory
+from burnish.memory.shape import Layer, Shape, Tensors
+from burnish.memory.time import GIB, Load
+from burnish.optim.footprint import bytes_per_parameter
+
+HOST_BASE = 16 * GIB  # Python, loaders, page cache: what a host needs beside the arena
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is, whatever it does to save memory.
+
+    dtype        in which trainable weights are loaded: "float32" or "bfloat16"
+    bf16         the model computes in bfloat16
+    accumulation micro-batches an update
+    loss_known   the loss is a plain sum over tokens, so that its gradients are made in the forward (SFT's nll)
+    """
+
+    shape: Shape
+    place: Place
+    optim: str = "adamw_torch_fused"
+    dtype: str = "float32"
+    bf16: bool = True
+    accumulation: int = 1
+    optimizer_in_bwd: bool = False
+    loss_known: bool = True
+
+    def footprint(self, tensors: Tensors):
+        """Bytes an element of these trained parameters."""
+        wide = tensors.itemsize == 4
+        return bytes_per_parameter(
+            self.optim,
+            dtype="float32" if wide else "bfloat16",
+            bf16=self.bf16 and self.dtype != "bfloat16",  # peft's float32 adapters stay so beside bfloat16 weights
+            accumulates=self.accumulation > 1,
+            in_backward=self.optimizer_in_bwd,
+        )
+
+
+def state(setup: Setup) -> Ledger:
+    """Bytes of weights, gradients and optimizer states, all of them there."""
+    held: Ledger = Counter()
+    for tensors in setup.shape.tensors:
+        if not tensors.trained:
+            size = 2 if setup.bf16 and tensors.itemsize == 4 else tensors.itemsize
+            held["weights"] += tensors.count * size
+            continue
+        each = setup.footprint(tensors)
+        held["weights"] += int(tensors.count * each.weights)
+        held["gradients"] += int(tensors.count * each.gradient)
+        held["optimizer"] += int(tensors.count * each.states)
+    return held
+
+
+def head_work(setup: Setup, load: Load) -> Cost:
+    """What the loss's forward and backward hold beside the rows that it keeps."""
+    shape, place = setup.shape, setup.place
+    return head_cost(
+        load.valid,
+        shape.hidden,
+        shape.vocab,
+        device=torch.device("cuda" if place.cuda else "cpu"),
+        dtype=torch.bfloat16 if place.itemsize == 2 else torch.float32,
+        needs=(True, shape.head_trained),
+        known=setup.loss_known,
+    )
+
+
+def _part(load: Load, memory: Memory) -> float:
+    """A tile's share of the tokens; 1 without tiles."""
+    return 1.0 if memory.tile is None else min(1.0, memory.tile / load.tokens)
+
+
+def forward_work(setup: Setup, layer: Layer, load: Load, memory: Memory) -> int:
+    """The most that a layer's forward holds, its input and output not counted, beyond what autograd keeps of it."""
+    tokens, item = load.tokens, setup.place.itemsize
+    hidden, inner = tokens * layer.hidden * item, tokens * layer.inner * item
+    wide, narrow = tokens * layer.queries * item, tokens * layer.keys * item
+    if not memory.checkpointing or not setup.shape.by_hand:
+        kept = not memory.checkpointing
+        product = 2 * hidden if kept and layer.linears["down"].rank else inner
+        return product if kept else product + wide + 2 * narrow + wide + 2 * hidden + 2 * inner
+    part = _part(load, memory)
+    attended = 0 if memory.keep_attention else wide
+    projecting = wide + 2 * narrow + part * (hidden + wide + narrow)
+    attending = wide + 2 * narrow + attended
+    mlp = attended + part * (2 * hidden + 3 * inner) + (2 * part * hidden if part < 1 else 0)
+    between = hidden if memory.segment > 1 else 0  # inside a segment a layer's input is no checkpoint
+    return int(max(projecting, attending, mlp)) + between
+
+
+def backward_work(setup: Setup, layer: Layer, load: Load, memory: Memory, inputs: int = 0) -> Ledger:
+    """The most that a layer's backward holds: what it made again of the forward, and the gradients on their way.
+
+    inputs  of further layers of its segment that were made again
+
+    It can be inside the MLP, where all three wide gradients are there; with tiles at the end of one, where two tiles'
+    gradients of the weights are; or in the attention.
+    """
+    place, tokens = setup.place, load.tokens
+    hidden, inner = tokens * layer.hidden * place.itemsize, tokens * layer.inner * place.itemsize
+    wide, narrow = tokens * layer.queries * place.itemsize, tokens * layer.keys * place.itemsize
+    again, rest, part = _made_again(setup, layer, load, memory)
+    if memory.checkpointing:
+        again["segment's inputs"] += inputs * hidden
+    tiled = part < 1
+    product = inner if layer.linears["down"].rank else 0  # is gone before the gradients of its factors are there
+    flow = hidden + tiled * (wide + hidden)
+    if memory.checkpointing:
+        mlp, late = again + Counter({name: int(size * part) for name, size in rest.items()}), Counter(again)
+    else:  # all of it is kept: what counts is what is gone by then
+        mlp, late = Counter[str](), Counter({name: -size for name, size in rest.items()})
+    mlp["gate and up"] -= int(product * part)
+    end = mlp + Counter({"gradients on their way": flow})
+    end["gate and up"] = 0
+    mlp["gradients on their way"] += flow + int(3 * inner * part)
+    late["gradients on their way"] += 2 * hidden + 2 * wide + 2 * narrow
+    late["attention backward"] += _attention_workspace(layer, load, place)
+    first, second, third = _parameter_gradients(setup, layer, inputs, tiled=tiled)
+    moments = [(mlp, first), (late, third), *([(end, second)] if tiled else [])]
+    for moment, size in moments:
+        moment["parameter gradients"] += size
+    return max((moment for moment, _ in moments), key=total)
+
+
+def _made_again(setup: Setup, layer: Layer, load: Load, memory: Memory) -> tuple[Ledger, Ledger, float]:
+    """What a layer's backward makes again before its attention, behind it, and the share of that a tile holds.
+
+    Without checkpoints nothing is made again; then the second ledger says what autograd keeps of that part.
+    """
+    made = layer_ledger(layer, load, setup.place, softcap=setup.shape.softcap)
+    rest: Ledger = Counter({name: made.pop(name, 0) for name in ("residual", "mlp input", "gate and up")})
+    if not memory.checkpointing:
+        return Counter(), rest, 1.0
+    part = _part(load, memory) if setup.shape.by_hand else 1.0
+    if setup.shape.by_hand:
+        rest["mlp input"] = load.tokens * layer.hidden * setup.place.itemsize  # kept by name, whoever needs it
+        made["attention output"] *= not memory.keep_attention
+    if part < 1:
+        made.update({name: int(made[name] * (part - 1)) for name in ("attention input", "head norms", "adapters")})
+    return made, rest, part
+
+
+def _attention_workspace(layer: Layer, load: Load, place: Place) -> int:
+    """What attention's backward takes beside its results.
+
+    Flash attention 2 (torch's varlen_attn): dq summed in float32, and with fewer key heads dk and dv for every query
+    head. The CPU: results of the longest document, before they are put into the whole.
+    """
+    if not place.cuda:
+        return max(load.lengths) * (layer.queries + 2 * layer.keys) * place.itemsize
+    grouped = 2 * layer.queries * place.itemsize if layer.kv_heads != layer.heads else 0
+    return load.tokens * (layer.queries * 4 + grouped)
+
+
+def _parameter_gradients(setup: Setup, layer: Layer, inputs: int, *, tiled: bool) -> tuple[int, int, int]:
+    """Gradients of the layer's own parameters inside its MLP, at the end of a tile, and in its attention.
+
+    With tiles a tile's own are there until the next one's are. `inputs` layers of its segment have theirs already.
+    """
+    linears, item = layer.linears, setup.place.itemsize
+    sizes = {role: linears[role].weights * item if linears[role].trained else 0 for role in linears}
+    adapters, behind = (
+        layer.adapters * setup.place.adapter_itemsize,
+        sum(sizes[role] for role in ("o", "gate", "up", "down")),
+    )
+    earlier = inputs * (sum(sizes.values()) + adapters)
+    if not tiled:
+        return earlier + sizes["down"], 0, earlier + behind + adapters
+    earlier += adapters
+    return earlier + behind + sizes["down"], earlier + 2 * behind, earlier + behind
+
+
+def layers_forward(setup: Setup, load: Load, memory: Memory) -> Ledger:
+    """What the layers hold at the fullest moment of their forward: what autograd keeps of all, and the last at work."""
+    shape, place = setup.shape, setup.place
+    held = _beside(setup, load, memory) + _kept_by_layers(setup, load, memory)
+    away = _away(setup, load, memory)
+    held["on their way out"] += sum(away[-STASH:])
+    if away:  # the embeddings stay in the frame of the model's own forward
+        held["hidden states"] += load.tokens * shape.hidden * place.itemsize
+    held["layer forward"] += forward_work(setup, max(shape.layers, key=lambda each: each.parameters), load, memory)
+    return held
+
+
+def layers_backward(setup: Setup, load: Load, memory: Memory, gradients: int = 0, *, whole: bool = False) -> Ledger:
+    """What the layers hold at the fullest moment of their backward.
+
+    gradients  bytes of the whole model's, when all are made; whole: they are there from the beginning
+
+    The last layer's backward or the first's: between those, what is kept falls and the gradients rise alike.
+    """
+    shape, layers = setup.shape, len(setup.shape.layers)
+    made = checkpoints(shape, load, memory, setup.place)
+    moments = []
+    for done in (0, layers - 1):  # layers whose backward is over
+        held, inputs = _beside(setup, load, memory), 0
+        held["gradients"] += gradients if whole else gradients * done // layers
+        if memory.checkpointing:
+            rest = made[: max(1, len(made) - done // memory.segment)]
+            held["checkpoints"] += sum(each.tensors[0] for each in rest if not each.away)
+            held["kept attention"] += sum(sum(each.tensors[1:]) for each in rest if not each.away)
+            inputs = rest[-1].layers - 1
+            away = _away(setup, load, memory)
+            held["on their way out"] += 0 if done else sum(away[-STASH:])
+            if away and not shape.embedding_trained:  # peft makes the embeddings a leaf, which holds on to them
+                held["hidden states"] += load.tokens * shape.hidden * setup.place.itemsize
+        else:
+            kept = _kept_by_layers(setup, load, memory)
+            kept["hidden states"] -= load.tokens * shape.hidden * setup.place.itemsize  # the last layer's output
+            held.update({name: size * (layers - done) // layers for name, size in kept.items()})
+        held.update(backward_work(setup, shape.layers[layers - 1 - done], load, memory, inputs))
+        moments.append(held)
+    return max(moments, key=total)
+
+
+def _away(setup: Setup, load: Load, memory: Memory) -> list[int]:
+    """Bytes of each checkpoint that goes to the host."""
+    return [sum(each.tensors) for each in checkpoints(setup.shape, load, memory, setup.place) if each.away]
+
+
+def _beside(setup: Setup, load: Load, memory: Memory) -> Ledger:
+    """What is there all the time beside state and kept tensors: the batch, rotary tables, buffers for checkpoints."""
+    shape = setup.shape
+    held: Ledger = Counter({"batch": 32 * load.tokens})  # ids, positions, labels and trained positions
+    if memory.checkpointing:
+        held["rotary tables"] = tables(shape, load, setup.place)
+    away = _away(setup, load, memory)
+    if away:
+        held["landing buffers"] = min(2, len(away)) * max(away)
+    if memory.checkpointing and memory.tile is not None and shape.by_hand and memory.tile < load.tokens:
+        held["sums of tiles"] = max(_narrow(setup, layer) for layer, _ in shape.kinds)
+    return held
+
+
+def _narrow(setup: Setup, layer: Layer) -> int:
+    """Bytes of the float32 sums of a layer's gradients over tiles, where they are narrower themselves."""
+    trained = sum(linear.weights for linear in layer.linears.values() if linear.trained)
+    adapters = layer.adapters if setup.place.adapter_itemsize < 4 else 0
+    return 4 * (adapters + (trained if setup.place.itemsize < 4 else 0))
+
+
+def _kept_by_layers(setup: Setup, load: Load, memory: Memory) -> Ledger:
+    """What autograd keeps, but for the head; token ids are in the batch."""
+    kept = ledger(setup.shape, load, memory, setup.place)
+    for name in ("head", "head input", "token ids"):
+        kept.pop(name, 0)
+    return kept
+
+
+def phases(setup: Setup, load: Load, memory: Memory) -> dict[str, Ledger]:
+    """What is on the device at the fullest moment of each phase of an update: forward, loss, backward, update."""
+    shape, place = setup.shape, setup.place
+    held = state(setup)
+    gradients = held.pop("gradients", 0)
+    accumulates = setup.accumulation > 1  # then there are those of the micro-batches before
+    before = held + Counter({"gradients": gradients if accumulates else 0})
+    stream = load.tokens * shape.hidden * place.itemsize
+    kept = _beside(setup, load, memory) + ledger(shape, load, memory, place)
+    loss = head_work(setup, load)
+    left = Counter({"head gradients": loss.kept_bytes})
+    head = Counter({"gradients on their way": 2 * stream})
+    if shape.head_trained:
+        head["parameter gradients"] = shape.vocab * shape.hidden * place.itemsize
+    moments = [before + kept + left + head, held + layers_backward(setup, load, memory, gradients, whole=accumulates)]
+    return {
+        "forward": before + layers_forward(setup, load, memory),
+        "loss": before + kept + Counter({"head": loss.peak_bytes}),
+        "backward": max(moments, key=total),
+        "update": held + Counter({"gradients": gradients}),
+    }
+
+
+def total(ledger: Ledger) -> int:
+    return sum(ledger.values())
+
+
+def host_bytes(setup: Setup, load: Load, memory: Memory) -> int:
+    """Bytes of the arena that checkpoints are offloaded to; 0 without offload."""
+    made = checkpoints(setup.shape, load, memory, setup.place)
+    return sum(_in_arena(each) for each in made if each.away)
+
+
+def offloaded(setup: Setup, load: Load, memory: Memory) -> tuple[int, int]:
+    """(checkpoints that go to the host, bytes of one)."""
+    away = [_in_arena(each) for each in checkpoints(setup.shape, load, memory, setup.place) if each.away]
+    return len(away), max(away, default=0)
+
+
+def _in_arena(checkpoint: Checkpoint) -> int:
+    """Bytes of a checkpoint's tensors, each from a boundary on."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in checkpoint.tensors)
