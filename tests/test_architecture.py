@@ -15,7 +15,7 @@ LINES = [
     {"__main__"},
     {"cli"},
     {"verbs"},
-    {"trainers"},
+    {"trainers", "ppo"},
     {"run"},
     {"training"},
     {"loop", "reference"},

@@ -124,7 +124,8 @@ def plain_lora(layer: nn.Module, ever: bool = False) -> tuple[nn.Linear, Tensor,
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__} is more than a low-rank product"
     dropout = parts["lora_dropout"]._modules[name]
-    if type(dropout) is not nn.Identity and not (type(dropout) is nn.Dropout and not (ever or dropout.training)):
+    still = type(dropout) is nn.Dropout and (dropout.p == 0 or not (ever or dropout.training))
+    if type(dropout) is not nn.Identity and not still:
         return "its input goes through dropout (lora_dropout)"
     for part in (base, down, up):
         if type(part) is not nn.Linear or "forward" in part.__dict__ or has_hooks(part):

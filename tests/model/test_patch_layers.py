@@ -274,3 +274,14 @@ def test_a_model_of_ones_own_with_the_same_names_is_left_alone(tiny):
     assert "could not be run alone (AttributeError" in blocks.matches(layer)
     patch(model.model)
     assert "forward" not in vars(layer) and "forward" in vars(model.model.layers[1])
+
+
+def test_dropout_set_to_zero_is_no_dropout(tiny, adapted):
+    """As preference runs do with disable_dropout: the fused projections run again, and the report says so."""
+    from burnish.model.load import drop_dropout
+
+    model = adapted(tiny("llama"), lora_dropout=0.5)
+    assert "lora_linear" not in patch(model).patched
+    unpatch(model)
+    drop_dropout(model)
+    assert patch(model).patched["lora_linear"] == 14
