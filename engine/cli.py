@@ -26,7 +26,9 @@ def main(argv: list[str]) -> int:
     if not debug:
         _quiet_libraries()
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's end
+        return code
     except UserError as error:
         if debug:
             raise

@@ -451,7 +451,7 @@ def test_the_command_runs_an_op_and_writes_its_pages(tmp_path, monkeypatch, caps
     name = name_of(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".svg"} and name.endswith("small")
     written = json.loads((tmp_path / f"{name}.json").read_text())
-    assert written["versions"]["torch"] == torch.__version__ and written["ceilings"]["copy_bytes_s"] > 0
+    assert torch.__version__.startswith(written["versions"]["torch"]) and written["ceilings"]["copy_bytes_s"] > 0
     figures = written["cases"][0]["phases"][FORWARD]
     floor = figures["bytes"] / written["ceilings"]["copy_bytes_s"]
     assert figures["ways"]["burnish"]["share"] == pytest.approx(floor / figures["ways"]["burnish"]["seconds"], rel=1e-3)

@@ -27,7 +27,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-LENGTHS = (700, 324)
+LENGTHS = (350, 162)
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="needs Triton's interpreter; a GPU measures the real thing"
 )
@@ -69,11 +69,11 @@ MODES = [
     Memory(False),
     Memory(True),
     Memory(True, 2),
-    Memory(True, tile=128),
+    Memory(True, tile=64),
     Memory(True, offload=True),
-    Memory(True, 2, offload=True, tile=128),
+    Memory(True, 2, offload=True, tile=64),
 ]
-KEEPING = [Memory(True, keep_attention=True), Memory(True, 2, keep_attention=True, tile=128, offload=True)]
+KEEPING = [Memory(True, keep_attention=True), Memory(True, 2, keep_attention=True, tile=64, offload=True)]
 
 
 @pytest.mark.parametrize("modes", [MODES, KEEPING], ids=["recomputed attention", "kept attention"])
