@@ -81,7 +81,7 @@ def test_padding_behind_a_response_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("penalty", "formula"), [("kl", lambda x: x), ("abs", abs), ("mse", lambda x: x * x / 2)], ids=lambda v: str(v)
+    ("penalty", "formula"), [("kl", lambda x: x), ("abs", abs), ("mse", lambda x: x * x / 2)], ids=["kl", "abs", "mse"]
 )
 def test_estimates_of_a_tokens_kl(penalty, formula):
     logps, reference = -draw(0, 9).abs(), -draw(1, 9).abs()
