@@ -160,7 +160,7 @@ class TrainConfig:
         1, "layers a checkpoint; more: fewer checkpoints, half a forward pass more work", low=1, high=4
     )
     keep_attention: bool | None = key(
-        None, "keep each layer's attention output instead of computing it twice; default: where sequences are long"
+        None, "keep each layer's attention output, don't compute it twice; default: on a GPU, where sequences are long"
     )
     tile_tokens: int | None = key(
         None, "tokens of a tile, in which layers compute all but attention; 0: never; default: by the device", low=0

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-# An attention is worth keeping from documents of this length on: computing it again then costs more than its bytes do.
+# On a GPU an attention is worth keeping from documents of this length on: computing it again then costs more than its
+# bytes do. A CPU has no other memory to move it to.
 LONG = 12288
 CPU_TILE = 2048  # tokens: longer tiles are no faster there and hold more
 
@@ -31,7 +32,7 @@ def from_config(config: Any, *, cuda: bool) -> Memory:
     """The settings that a configuration's keys name, on a GPU or on the CPU; a plain rule where a key is left open."""
     keep = config.keep_attention
     if keep is None:
-        keep = config.gradient_checkpointing and (config.max_length or 0) >= LONG
+        keep = cuda and config.gradient_checkpointing and (config.max_length or 0) >= LONG
     tile = config.tile_tokens
     if tile is None:
         tile = 0 if cuda else CPU_TILE

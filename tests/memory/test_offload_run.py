@@ -7,6 +7,7 @@ import torch
 
 import burnish
 from burnish import SFTConfig, UserError
+from burnish.memory.settings import from_config
 from burnish.run import assemble
 
 BASE = {
@@ -122,3 +123,11 @@ def test_a_run_that_fails_in_the_middle_lets_go_of_its_checkpoints(tmp_path, dee
 def test_keys_about_checkpoints_need_checkpoints(name):
     with pytest.raises(UserError, match="gradient_checkpointing is off"):
         SFTConfig(gradient_checkpointing=False, **{name: 64 if name == "tile_tokens" else True})
+
+
+def test_attention_is_kept_by_itself_only_where_there_is_a_host_to_move_it_to():
+    config = SFTConfig("out", max_length=16384)
+    assert from_config(config, cuda=True).keep_attention
+    assert not from_config(config, cuda=False).keep_attention
+    assert from_config(SFTConfig("out", max_length=16384, keep_attention=True), cuda=False).keep_attention
+    assert not from_config(SFTConfig("out", max_length=8192), cuda=True).keep_attention
