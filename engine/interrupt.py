@@ -29,6 +29,8 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         self._depth += 1
+        if self._depth == 1:
+            self.number = None
         if self._depth == 1 and threading.current_thread() is threading.main_thread():  # others may not set handlers
             self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
@@ -49,7 +51,12 @@ class Interrupt:
             self._say("stop", f"{signal.Signals(number).name}: stopping after this step{again}")
 
     def stopping(self) -> bool:
-        """Whether somebody has asked the run to stop. A STOP file is taken away when it is seen."""
+        """Whether somebody has asked the run to stop. A STOP file is taken away when it is seen.
+
+        False outside: what is evaluated after a run that was stopped is not the run.
+        """
+        if not self._depth:
+            return False
         if self.number is None and self._taken("STOP"):
             self.number = 0
             self._say("stop", "STOP: stopping after this step")

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class TrainState:
     epoch: float = 0.0
     num_tokens: int = 0  # tokens seen, trained or not
     max_steps: int = 0
-    train_loss_sum: float = 0.0  # of every logged step, weighted by the steps it stands for
+    train_loss_sum: float = 0.0  # of every step up to the last log or checkpoint
     best_metric: float | None = None
     best_model_checkpoint: str | None = None
     evaluation_owed: bool = False  # the run was stopped inside an evaluation
@@ -120,6 +120,7 @@ class _Gate:
     def __init__(self, model: nn.Module, config, state: TrainState):
         self.accumulator = Accumulator()
         self.losses: list[Tensor] = []
+        self._summed = 0  # how many of them are in train_loss_sum already
         self.since = time.perf_counter()
         self.waited = 0.0
         self.tokens = self.trained = 0
@@ -134,11 +135,21 @@ class _Gate:
                 self._model, len(batch.input_ids), int((batch.cu_seqlens.diff().long() ** 2).sum())
             )
 
+    def settle(self) -> None:
+        """Bring train_loss_sum up to date for a checkpoint between two logs: a resumed run doesn't see these steps."""
+        if self.losses:
+            self._add(torch.stack([loss.double() for loss in self.losses]).tolist())
+
+    def _add(self, losses: list[float]) -> None:
+        for loss in losses[self._summed :]:  # one by one: the sum is the same wherever it was cut
+            self._state.train_loss_sum += loss
+        self._summed = len(losses)
+
     def record(self, norm: Tensor, learning_rate: float) -> dict[str, float]:
         values = torch.stack([*(loss.double() for loss in self.losses), norm.double()]).tolist()
         grad_norm, losses = values[-1], values[:-1]
         seconds = max(time.perf_counter() - self.since, 1e-9)
-        self._state.train_loss_sum += sum(losses)
+        self._add(losses)
         record = {
             "loss": sum(losses) / len(losses),
             "grad_norm": grad_norm,
@@ -154,7 +165,7 @@ class _Gate:
         }
         if self._peak:
             record["mfu"] = self.flops / seconds / self._peak
-        self.losses, self.since = [], time.perf_counter()
+        self.losses, self._summed, self.since = [], 0, time.perf_counter()
         self.waited, self.tokens, self.trained, self.flops = 0.0, 0, 0, 0.0
         return record
 
@@ -219,6 +230,7 @@ def fit(
     model.train()
     rehearsed = _rehearse(objective, updater, device, hooks)
     gate = _Gate(model, config, state)
+    hooks = _settling(hooks, gate)
     began, first = time.perf_counter(), state.global_step
     hooks.notify("on_train_begin")
     if state.evaluation_owed:
@@ -253,6 +265,19 @@ def fit(
             state.epoch_index, state.micro_batch = state.epoch_index + 1, 0
         _after_epoch(state, control, config, hooks)
     hooks.notify("on_train_end")
+
+
+def _settling(hooks: Hooks, gate: _Gate) -> Hooks:
+    """The hooks, with the gate settled before each checkpoint."""
+    save = hooks.save
+    if save is None:
+        return hooks
+
+    def settled(metrics: dict[str, float] | None, asked: bool) -> None:
+        gate.settle()
+        save(metrics, asked)
+
+    return replace(hooks, save=settled)
 
 
 def _advance(state: TrainState, window: list[Batch], per_epoch: int) -> None:

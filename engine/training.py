@@ -31,13 +31,15 @@ from burnish.objectives import Objective
 from burnish.optim.updater import Updater
 from burnish.reference import Reference
 
-# What a resumed run may be given otherwise: where things are, how long, how often, how much is logged and kept.
+# What a resumed run may be given otherwise: where things are, how long, how often, how much is logged and kept, and how
+# memory is saved: that changes no number (tiles: its last place), and a run that didn't fit must be able to go on.
 MAY_CHANGE = frozenset(
     "output_dir overwrite_output_dir report_to model_name_or_path dataset_name eval_dataset_name dataset_config "
     "dataset_train_split dataset_test_split max_steps num_train_epochs per_device_eval_batch_size eval_packing "
     "logging_steps logging_first_step eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
     "save_only_model load_best_model_at_end metric_for_best_model greater_is_better resume_from_checkpoint use_cpu "
-    "strict_patch trust_remote_code heaviest_batch_first".split()
+    "strict_patch trust_remote_code heaviest_batch_first gradient_checkpointing activation_offloading "
+    "checkpoint_segment keep_attention tile_tokens memory".split()
 )
 
 
@@ -91,6 +93,7 @@ class Run:
             return self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> RunResult:
+        self.control = Control()  # an earlier train() may have been stopped
         if self.batches is None:
             raise UserError("there is nothing to train on", where="train_dataset", mend="Give a training data set")
         wanted = resume_from_checkpoint or self.config.resume_from_checkpoint or goes_on(self.config)
@@ -307,6 +310,11 @@ class Run:
         max_steps = self.state.max_steps
         self.state = TrainState(**stored)
         self.state.max_steps = max_steps
+        if self._best is not None and not self._best.is_dir():  # gone on with in another folder: it lies beside source
+            self.state.best_model_checkpoint = str(source.resolve().parent / self._best.name)
+        if self._best is not None and not self._best.is_dir():
+            self.log.warn(f"{self._best}, the best checkpoint so far, is gone: the best is looked for anew")
+            self.state.best_metric = self.state.best_model_checkpoint = None
         self.log.say("resume", f"{source} at step {self.state.global_step} of {max_steps}")
 
 

@@ -70,7 +70,8 @@ def read_run(folder: str | Path) -> RunFiles:
         run.config = _config(config)
     if log.is_file():
         lines = log.read_text(encoding="utf-8").splitlines()
-        run.facts = [(line[:8].strip(), line[9:]) for line in lines if line[:8].strip()]
+        parts = (line.partition(" ") for line in lines if line.split(" ")[0])
+        run.facts = [(topic, text.lstrip()) for topic, _, text in parts]
     return run
 
 
