@@ -328,13 +328,13 @@ def test_a_way_that_is_not_ready_in_time_is_left_out_from_then_on(monkeypatch):
     monkeypatch.setattr("burnish.verbs.bench.suite.WARM_UP_SECONDS", 0.2)
 
     def slow(x, weight):
-        time.sleep(5)
+        time.sleep(60)
 
     runs = suite(60.0)
     began = time.perf_counter()
     first = runs.run(with_way(NORM, "peer, one way", slow), 10000)
     second = runs.run(with_way(NORM, "peer, another way", slow), 10000)
-    assert time.perf_counter() - began < 3
+    assert time.perf_counter() - began < 30
     assert first["left_out"] == {"peer, one way": "not ready after 0 s"} and first["phases"]
     assert second["left_out"] == {"peer, another way": "was not ready in time before"} and second["phases"]
 
