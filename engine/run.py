@@ -141,7 +141,8 @@ def read_batches(config: Any) -> Batches:
     name = config.model_name_or_path
     vocabulary = _vocabulary(name, config.trust_remote_code)
     batches, _ = _data(config, read_tokenizer(config), vocabulary, (None, None), None, Log(None, quiet=True))
-    assert isinstance(batches, Batches), "the configuration names a data file"
+    if not isinstance(batches, Batches):
+        raise UserError("no training data", where="dataset_name", mend="Give a file, a folder or a hub id")
     return batches
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from burnish import SFTConfig, SFTTrainer
+from burnish import SFTConfig, SFTTrainer, UserError
 from burnish.checkpoint import MANIFEST, _fingerprint
-from burnish.run import train
+from burnish.run import read_batches, train
 from burnish.verbs.runfiles import read_run
 
 BASE = {
@@ -99,3 +99,8 @@ def test_long_topics_of_the_log_are_facts_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (tmp_path / "log.txt").write_text("data     7 rows\nreference a copy of the model\nwarning  slow\n")
     assert read_run(tmp_path).facts == [("data", "7 rows"), ("reference", "a copy of the model"), ("warning", "slow")]
+
+
+def test_a_preview_without_training_data_is_a_line_and_no_traceback(settings, chat_file):
+    with pytest.raises(UserError, match="no training data"):
+        read_batches(settings("run", dataset_name=None, eval_dataset_name=chat_file))
