@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from burnish.config.fields import SFTConfig
 from burnish.data.batch import Batches, Examples, collate
 from burnish.logprobs import token_nll, token_scores
-from burnish.loop import Control, Hooks, NonFinite, TrainState, evaluate, fit, total_steps
+from burnish.loop import fit, total_steps
+from burnish.loop.evaluation import evaluate
+from burnish.loop.gate import NonFinite
+from burnish.loop.state import Control, Hooks, TrainState
 from burnish.metrics import Log
 from burnish.model.attention import register
 from burnish.model.head import read_head

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from burnish import SFTConfig, SFTTrainer, UserError
-from burnish.loop import NonFinite
+from burnish.loop.gate import NonFinite
 from burnish.optim.in_backward import InBackward
 from burnish.run import train
 

@@ -78,7 +78,7 @@ def test_lengths_come_from_data_that_can_be_read(capsys, tiny_model, chat_file):
     text = plan(capsys, *words)
     assert f"the heaviest of {chat_file}, tokenized" in text and "in 3 sequences" in text
     from burnish.config.fields import SFTConfig
-    from burnish.run import read_batches
+    from burnish.run.rows import read_batches
 
     config = SFTConfig(
         model_name_or_path=tiny_model, dataset_name=chat_file, max_length=64, per_device_train_batch_size=3

@@ -6,7 +6,7 @@ import pytest
 
 from burnish import DPOConfig, SFTConfig
 from burnish.cli import main
-from burnish.run import read_batches
+from burnish.run.rows import read_batches
 from burnish.verbs import preview as verb
 
 

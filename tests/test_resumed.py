@@ -10,7 +10,8 @@ import pytest
 
 from burnish import SFTConfig, SFTTrainer, UserError
 from burnish.checkpoint import MANIFEST, _fingerprint
-from burnish.run import read_batches, train
+from burnish.run import train
+from burnish.run.rows import read_batches
 from burnish.verbs.runfiles import read_run
 
 BASE = {

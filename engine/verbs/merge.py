@@ -24,7 +24,8 @@ from burnish.model.adapters import adapter_base, load_adapter
 from burnish.model.head import evaluating, head_logits, read_head
 from burnish.model.load import load_model, load_tokenizer
 from burnish.objectives.reward import sequence_scores
-from burnish.run import device_for, tokens
+from burnish.run.device import device_for
+from burnish.run.rows import tokens
 
 ROWS = 32
 LIMIT_KL = 1e-3  # nats a token, mean over the tokens; rounding a bfloat16 base gives some 1e-5

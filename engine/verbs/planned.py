@@ -30,7 +30,7 @@ from burnish.memory.probe import here, host_memory
 from burnish.memory.shape import shape_of
 from burnish.memory.time import CARDS, GIB, Load
 from burnish.model.load import load_tokenizer
-from burnish.run import read_batches
+from burnish.run.rows import read_batches
 from burnish.verbs.plan import Request
 
 SMALL = 64 << 20  # bytes of a data file that is tokenized on the spot

@@ -16,7 +16,7 @@ import numpy as np
 
 from burnish.config.errors import UserError
 from burnish.data.batch import Batch, Batches
-from burnish.run import read_batches, read_tokenizer
+from burnish.run.rows import read_batches, read_tokenizer
 from burnish.verbs.report import PAGE
 
 CONTEXT, TRAINED = "context", "trained"

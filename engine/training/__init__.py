@@ -22,7 +22,9 @@ from burnish.data.batch import Batch, Batches
 from burnish.data.stream import StreamBatches
 from burnish.interrupt import Interrupt
 from burnish.kernels import use
-from burnish.loop import Control, Hooks, TrainState, evaluate, fit, total_steps
+from burnish.loop import fit, total_steps
+from burnish.loop.evaluation import evaluate
+from burnish.loop.state import Control, Hooks, TrainState
 from burnish.memory.forecast import Forecast
 from burnish.memory.layers import Installed
 from burnish.memory.settings import Memory
@@ -30,6 +32,7 @@ from burnish.metrics import Log, clock
 from burnish.objectives import Objective
 from burnish.optim.updater import Updater
 from burnish.reference import Reference
+from burnish.training.folder import goes_on, refuse_overwriting, trim_log
 
 # What a resumed run may be given otherwise: where things are, how long, how often, how much is logged and kept, and how
 # memory is saved: that changes no number (tiles: its last place), and a run that didn't fit must be able to go on.
@@ -117,7 +120,7 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-        _trim_log(self.folder / "metrics.jsonl", self.state.global_step)
+        trim_log(self.folder / "metrics.jsonl", self.state.global_step)
         self.log.open(self.folder)
         began = time.perf_counter()
         hooks = Hooks(
@@ -316,58 +319,3 @@ class Run:
             self.log.warn(f"{self._best}, the best checkpoint so far, is gone: the best is looked for anew")
             self.state.best_metric = self.state.best_model_checkpoint = None
         self.log.say("resume", f"{source} at step {self.state.global_step} of {max_steps}")
-
-
-def goes_on(config: Any) -> bool:
-    """Whether output_dir holds a run that was stopped or killed after its first checkpoint: the same command resumes.
-
-    A run that ended and saved its model, or was told to start anew, does not go on; one with other settings is refused
-    when it is restored.
-    """
-    folder = Path(config.output_dir)
-    if config.overwrite_output_dir or not disk.checkpoints(folder):
-        return False
-    return not (_ended(folder) and any((folder / name).exists() for name in disk.WEIGHTS))
-
-
-def _ended(folder: Path) -> bool:
-    """Whether the run whose log lies in `folder` came to its end."""
-    log = folder / "metrics.jsonl"
-    return log.is_file() and '"train_runtime"' in log.read_text(encoding="utf-8")
-
-
-def refuse_overwriting(config: Any) -> None:
-    """Raises UserError where a new run would write over another run or over a model."""
-    folder = Path(config.output_dir)
-    named = config.model_name_or_path and Path(config.model_name_or_path).expanduser()
-    if named and named.is_dir() and named.resolve() == folder.resolve():
-        raise UserError(
-            "output_dir is the folder of the model that is trained", where=str(folder), mend="Choose another output_dir"
-        )
-    if config.overwrite_output_dir:
-        return
-    found = [path.name for path in disk.checkpoints(folder)]
-    patterns = ("config.json", "adapter_config.json", "*.safetensors")
-    found += [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
-    if found or _ended(folder):  # what a run leaves that was killed before its first checkpoint is no loss
-        raise UserError(
-            f"output_dir already holds a run or a model ({found[-1] if found else 'metrics.jsonl'})",
-            where=str(folder),
-            mend="Set resume_from_checkpoint: true to go on, overwrite_output_dir: true to start anew, or another "
-            "output_dir",
-        )
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop records of steps after `step`: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a line torn by the kill that this resume follows
-        if step and record.get("step", 0) <= step and "train_runtime" not in record:
-            kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
