@@ -190,6 +190,9 @@ def _step_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     cols = tl.arange(0, BLOCK)
     mask = start + cols < n
+    if SCALE is not None:
+        scale = tl.load(SCALE)
+        mask = mask & (tl.full([BLOCK], 0.0, tl.float32) + scale == scale)
     P += start
     G += start
     M += start
@@ -201,7 +204,7 @@ def _step_kernel(
     master = p.to(tl.float32, bitcast=True)
     g = tl.load(G + cols, mask=mask, other=0.0).to(tl.float32)
     if SCALE is not None:
-        g *= tl.load(SCALE)
+        g *= scale
     m = tl.load(M + cols, mask=mask, other=0)
     v = tl.load(V + cols, mask=mask, other=0)
     NARROW: tl.constexpr = M.dtype.element_ty == tl.int16
@@ -260,7 +263,8 @@ def adamw_step_(
     exp_avg, exp_avg_sq  both bfloat16 or both float32. In bfloat16 the mean is rounded to the nearest; the square is
                 rounded stochastically, because with beta2 = 0.999 a step changes it by less than half of a bfloat16's
                 last place, and rounded to the nearest it would never fall
-    scale       float32 scalar on the device, multiplied into the gradient: clipping, without a pass of its own
+    scale       float32 scalar on the device, multiplied into the gradient: clipping, without a pass of its own. NaN:
+                nothing is written, so that a step can be called off without asking the device
     key         `noise_key`'s; another one for each step and parameter
 
     The same bits give the same results again. Raises ValueError for other types and for tensors that aren't contiguous.
@@ -273,7 +277,7 @@ def adamw_step_(
     own = [parameter, grad, exp_avg, exp_avg_sq, *([] if low is None else [low])]
     if not all(x.is_contiguous() and x.numel() == parameter.numel() for x in own):
         raise ValueError("adamw_step_: tensors must be contiguous and of one shape")
-    if not parameter.numel():
+    if not parameter.numel() or (scale is not None and not scale.is_cuda and scale.isnan()):
         return
     run = {"triton": _step_triton, "torch": _step_torch, "reference": _step_reference}[backend_for(parameter)]
     flat = None if low is None else low.view(-1)

@@ -85,6 +85,17 @@ def test_a_step_is_the_definition_in_float64(path, n, grad_dtype):
     assert ((square.double() - expected[2]).abs() <= expected[2].abs() * (2**-7 + 1e-6)).all(), "one of the two beside"
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_scale_that_is_no_number_calls_the_step_off(path, exact):
+    master, grad, mean, square = some_state(SIZES[-1])
+    parameter, low = split_master(master) if exact else (master.bfloat16(), None)
+    grad[::3] = torch.inf
+    own = [x for x in (parameter, low, mean, square) if x is not None]
+    before = [x.clone() for x in own]
+    adamw_step_(parameter, low, grad, mean, square, HYPER, scale=torch.tensor(torch.nan), key=noise_key(1, 7, 0))
+    assert all(torch.equal(x, y) for x, y in zip(own, before, strict=True))
+
+
 @pytest.mark.parametrize("n", SIZES)
 def test_a_step_without_master_lands_beside_the_definition(path, n):
     master, grad, mean, square = some_state(n)
