@@ -257,6 +257,7 @@ class Arena:
             yield slot.views(landing.buffer, 0)
         finally:
             landing.slot, landing.read = None, self.copies.event()
+            self._let_go_of_landings()
 
     def abandon(self, number: int | None = None) -> None:
         """Free every live slot, or those of this pass: their backward will not come."""
@@ -267,6 +268,12 @@ class Arena:
             if slot.landing is not None:
                 slot.landing.slot, slot.landing.read = None, self.copies.event()
             self.live.remove(slot)
+        self._let_go_of_landings()
+
+    def _let_go_of_landings(self) -> None:
+        """Between passes their memory is the forward's. The computation has waited for all that was copied there."""
+        if not self.live and all(landing.slot is None for landing in self._landings):
+            self._landings = (Landing(), Landing())
 
     def __deepcopy__(self, memo: dict) -> "Arena":
         return Arena(self.device)  # a copied model's checkpoints go elsewhere
@@ -299,10 +306,10 @@ class Pass:
 
     def put(self, index: int, tensor: Tensor) -> bool:
         """Copy a tensor of checkpoint `index` out; False if it has to stay on the device (or lies on another one)."""
-        if index >= self.kept or tensor.device != self.arena.device:
-            return False
         if index - STASH in self._slots:
             self.arena.settle(self._slots[index - STASH])
+        if index >= self.kept or tensor.device != self.arena.device:
+            return False
         slot = self.arena.put(self._slots.get(index), (index, self.number), tensor)
         if slot is None:
             return False
@@ -311,7 +318,12 @@ class Pass:
 
     @contextmanager
     def reading(self, index: int) -> Iterator[list[Tensor]]:
-        """The tensors of checkpoint `index` that went to the host, on the device; the one before it starts to come."""
+        """The tensors of checkpoint `index` that went to the host, on the device; the one before it starts to come.
+
+        Backward has begun: no source is held any more. The last copies out had the head and the loss to end in.
+        """
+        for each in self._slots.values():
+            self.arena.settle(each)
         slot = self._slots.get(index)
         nothing: AbstractContextManager[list[Tensor]] = nullcontext([])
         with nothing if slot is None else self.arena.reading(slot) as tensors:

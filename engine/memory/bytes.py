@@ -13,9 +13,10 @@ import torch
 
 from burnish.kernels.head_cost import Cost, head_cost
 from burnish.memory.arena import ALIGNMENT, STASH
-from burnish.memory.saved import Checkpoint, Ledger, Place, checkpoints, layer_ledger, ledger, tables
+from burnish.memory.saved import Checkpoint, Ledger, Place, checkpoints, groups, layer_ledger, ledger, tables
 from burnish.memory.settings import Memory
 from burnish.memory.shape import Layer, Shape, Tensors
+from burnish.memory.spread import Spread, gathered, scattered
 from burnish.memory.time import GIB, Load
 from burnish.optim.footprint import bytes_per_parameter
 
@@ -30,6 +31,9 @@ class Setup:
     bf16         the model computes in bfloat16
     accumulation micro-batches an update
     loss_known   the loss is a plain sum over tokens, so that its gradients are made in the forward (SFT's nll)
+    reference    whose log-probs are taken beside the policy's: "" nobody's, "copy" a second model's, "policy" its own,
+                 with another adapter or none
+    spread       over which processes; all bytes are one's
     """
 
     shape: Shape
@@ -40,6 +44,8 @@ class Setup:
     accumulation: int = 1
     optimizer_in_bwd: bool = False
     loss_known: bool = True
+    reference: str = ""
+    spread: Spread = Spread()
 
     def footprint(self, tensors: Tensors):
         """Bytes an element of these trained parameters."""
@@ -47,7 +53,8 @@ class Setup:
         return bytes_per_parameter(
             self.optim,
             dtype="float32" if wide else "bfloat16",
-            bf16=self.bf16 and self.dtype != "bfloat16",  # peft's float32 adapters stay so beside bfloat16 weights
+            # peft's float32 adapters stay so beside bfloat16 weights, and parts are their own masters
+            bf16=self.bf16 and self.dtype != "bfloat16" and not self.spread.sharded,
             accumulates=self.accumulation > 1,
             in_backward=self.optimizer_in_bwd,
         )
@@ -57,19 +64,22 @@ def state(setup: Setup) -> Ledger:
     """Bytes of weights, gradients and optimizer states, all of them there."""
     held: Ledger = Counter()
     for tensors in setup.shape.tensors:
+        count = setup.spread.part(tensors.count)
         if not tensors.trained:
             size = 2 if setup.bf16 and tensors.itemsize == 4 else tensors.itemsize
-            held["weights"] += tensors.count * size
+            held["weights"] += count * size
             continue
         each = setup.footprint(tensors)
-        held["weights"] += int(tensors.count * each.weights)
-        held["gradients"] += int(tensors.count * each.gradient)
-        held["optimizer"] += int(tensors.count * each.states)
+        held["weights"] += int(count * each.weights)
+        held["gradients"] += int(count * each.gradient)
+        held["optimizer"] += int(count * each.states)
+    if setup.reference == "copy":
+        held["reference"] = setup.spread.part(setup.shape.count() - setup.shape.count("adapter")) * setup.place.itemsize
     return held
 
 
-def head_work(setup: Setup, load: Load) -> Cost:
-    """What the loss's forward and backward hold beside the rows that it keeps."""
+def head_work(setup: Setup, load: Load, *, learns: bool = True) -> Cost:
+    """What the loss's forward and backward hold beside the rows that it keeps; a reference's forward only."""
     shape, place = setup.shape, setup.place
     return head_cost(
         load.valid,
@@ -77,9 +87,22 @@ def head_work(setup: Setup, load: Load) -> Cost:
         shape.vocab,
         device=torch.device("cuda" if place.cuda else "cpu"),
         dtype=torch.bfloat16 if place.itemsize == 2 else torch.float32,
-        needs=(True, shape.head_trained),
+        needs=(learns, learns and shape.head_trained),
         known=setup.loss_known,
     )
+
+
+def reference_work(setup: Setup, load: Load) -> Ledger:
+    """What a reference's forward holds: a layer untiled, without a graph, between two streams; then its head."""
+    layer, item = max(setup.shape.layers, key=lambda each: each.parameters), setup.place.itemsize
+    stream = load.tokens * setup.shape.hidden * item
+    wide, narrow, inner = (load.tokens * size * item for size in (layer.queries, layer.keys, layer.inner))
+    work = 2 * wide + 2 * narrow + 2 * stream + 3 * inner  # nothing is let go of before the MLP ends
+    head = head_work(setup, load, learns=False).peak_bytes + load.valid * setup.shape.hidden * item
+    held: Ledger = Counter({"batch": 32 * load.tokens, "hidden states": 2 * stream})
+    held["rotary tables"] = tables(setup.shape, load, setup.place)
+    held["reference's forward"] = max(work, head)
+    return held
 
 
 def _part(load: Load, memory: Memory) -> float:
@@ -99,7 +122,9 @@ def forward_work(setup: Setup, layer: Layer, load: Load, memory: Memory) -> int:
     part = _part(load, memory)
     attended = 0 if memory.keep_attention else wide
     projecting = wide + 2 * narrow + part * (hidden + wide + narrow)
-    attending = wide + 2 * narrow + attended
+    parts = groups(layer, load, memory)
+    copied = wide // parts if memory.keep_attention and parts > 1 else 0  # a group's output, on its way into the whole
+    attending = wide + 2 * narrow + attended + copied
     mlp = attended + part * (2 * hidden + 3 * inner) + (2 * part * hidden if part < 1 else 0)
     between = hidden if memory.segment > 1 else 0  # inside a segment a layer's input is no checkpoint
     return int(max(projecting, attending, mlp)) + between
@@ -130,8 +155,11 @@ def backward_work(setup: Setup, layer: Layer, load: Load, memory: Memory, inputs
     end = mlp + Counter({"gradients on their way": flow})
     end["gate and up"] = 0
     mlp["gradients on their way"] += flow + int(3 * inner * part)
-    late["gradients on their way"] += 2 * hidden + 2 * wide + 2 * narrow
-    late["attention backward"] += _attention_workspace(layer, load, place)
+    parts = groups(layer, load, memory)  # whose gradients are written over queries, keys and values, where several
+    late["gradients on their way"] += 2 * hidden + wide + (wide + 2 * narrow) // parts
+    late["attention backward"] += _attention_workspace(layer, load, place, parts)
+    if load.shared > 1:  # queries, keys, values and output as they are exchanged, and their gradients
+        late["exchanged heads"] += 2 * (2 * wide + 2 * narrow)
     first, second, third = _parameter_gradients(setup, layer, inputs, tiled=tiled)
     moments = [(mlp, first), (late, third), *([(end, second)] if tiled else [])]
     for moment, size in moments:
@@ -157,16 +185,18 @@ def _made_again(setup: Setup, layer: Layer, load: Load, memory: Memory) -> tuple
     return made, rest, part
 
 
-def _attention_workspace(layer: Layer, load: Load, place: Place) -> int:
-    """What attention's backward takes beside its results.
+def _attention_workspace(layer: Layer, load: Load, place: Place, parts: int) -> int:
+    """What attention's backward takes beside its results, for one of `parts` groups of heads.
 
-    Flash attention 2 (torch's varlen_attn): dq summed in float32, and with fewer key heads dk and dv for every query
-    head. The CPU: results of the longest document, before they are put into the whole.
+    Flash attention 2 (torch's varlen_attn): dq summed in float32, with fewer key heads dk and dv for every query head,
+    and of a part the output and its gradient as tensors of their own. The CPU: results of the longest document, before
+    they are put into the whole.
     """
+    wide = layer.queries * place.itemsize
     if not place.cuda:
-        return max(load.lengths) * (layer.queries + 2 * layer.keys) * place.itemsize
-    grouped = 2 * layer.queries * place.itemsize if layer.kv_heads != layer.heads else 0
-    return load.tokens * (layer.queries * 4 + grouped)
+        return max(load.lengths) * (wide + 2 * layer.keys * place.itemsize) // parts
+    shared = 2 * wide if layer.kv_heads != layer.heads else 0
+    return load.tokens * (layer.queries * 4 + shared + 2 * wide * (parts > 1)) // parts
 
 
 def _parameter_gradients(setup: Setup, layer: Layer, inputs: int, *, tiled: bool) -> tuple[int, int, int]:
@@ -191,9 +221,8 @@ def layers_forward(setup: Setup, load: Load, memory: Memory) -> Ledger:
     """What the layers hold at the fullest moment of their forward: what autograd keeps of all, and the last at work."""
     shape, place = setup.shape, setup.place
     held = _beside(setup, load, memory) + _kept_by_layers(setup, load, memory)
-    away = _away(setup, load, memory)
-    held["on their way out"] += sum(away[-STASH:])
-    if away:  # the embeddings stay in the frame of the model's own forward
+    held["on their way out"] += _leaving(setup, load, memory)
+    if _away(setup, load, memory):  # the embeddings stay in the frame of the model's own forward
         held["hidden states"] += load.tokens * shape.hidden * place.itemsize
     held["layer forward"] += forward_work(setup, max(shape.layers, key=lambda each: each.parameters), load, memory)
     return held
@@ -212,15 +241,17 @@ def layers_backward(setup: Setup, load: Load, memory: Memory, gradients: int = 0
     for done in (0, layers - 1):  # layers whose backward is over
         held, inputs = _beside(setup, load, memory), 0
         held["gradients"] += gradients if whole else gradients * done // layers
+        held["gradients to scatter"] += scattered(
+            shape, setup.spread, memory, setup.place.itemsize, accumulates=setup.accumulation > 1
+        )
         if memory.checkpointing:
             rest = made[: max(1, len(made) - done // memory.segment)]
             held["checkpoints"] += sum(each.tensors[0] for each in rest if not each.away)
             held["kept attention"] += sum(sum(each.tensors[1:]) for each in rest if not each.away)
             inputs = rest[-1].layers - 1
             away = _away(setup, load, memory)
-            held["on their way out"] += 0 if done else sum(away[-STASH:])
-            if away and not shape.embedding_trained:  # peft makes the embeddings a leaf, which holds on to them
-                held["hidden states"] += load.tokens * shape.hidden * setup.place.itemsize
+            coming = sum(each.away for each in (made if done else made[-2:]))  # buffers stay once they are there
+            held["landing buffers"] += min(2, coming) * max(away, default=0)
         else:
             kept = _kept_by_layers(setup, load, memory)
             kept["hidden states"] -= load.tokens * shape.hidden * setup.place.itemsize  # the last layer's output
@@ -235,15 +266,20 @@ def _away(setup: Setup, load: Load, memory: Memory) -> list[int]:
     return [sum(each.tensors) for each in checkpoints(setup.shape, load, memory, setup.place) if each.away]
 
 
+def _leaving(setup: Setup, load: Load, memory: Memory) -> int:
+    """Bytes of checkpoints whose copies out the computation hasn't waited for when the last layer runs."""
+    made = checkpoints(setup.shape, load, memory, setup.place)
+    return sum(sum(each.tensors) for each in made[-STASH:] if each.away)
+
+
 def _beside(setup: Setup, load: Load, memory: Memory) -> Ledger:
-    """What is there all the time beside state and kept tensors: the batch, rotary tables, buffers for checkpoints."""
+    """What is there all the time beside state and kept tensors: the batch, rotary tables, sums of tiles."""
     shape = setup.shape
-    held: Ledger = Counter({"batch": 32 * load.tokens})  # ids, positions, labels and trained positions
+    held: Ledger = Counter({"batch": 32 * load.tokens * load.shared})  # ids, positions, labels, trained positions
+    if setup.spread.sharded:
+        held["gathered parameters"] = gathered(shape, setup.spread, memory, setup.place.itemsize)
     if memory.checkpointing:
         held["rotary tables"] = tables(shape, load, setup.place)
-    away = _away(setup, load, memory)
-    if away:
-        held["landing buffers"] = min(2, len(away)) * max(away)
     if memory.checkpointing and memory.tile is not None and shape.by_hand and memory.tile < load.tokens:
         held["sums of tiles"] = max(_narrow(setup, layer) for layer, _ in shape.kinds)
     return held
@@ -273,13 +309,16 @@ def phases(setup: Setup, load: Load, memory: Memory) -> dict[str, Ledger]:
     before = held + Counter({"gradients": gradients if accumulates else 0})
     stream = load.tokens * shape.hidden * place.itemsize
     kept = _beside(setup, load, memory) + ledger(shape, load, memory, place)
+    kept["on their way out"] += _leaving(setup, load, memory)
     loss = head_work(setup, load)
-    left = Counter({"head gradients": loss.kept_bytes})
+    made = loss.kept_bytes if setup.loss_known else load.valid * shape.hidden * place.itemsize
+    left = Counter({"head gradients": made})
     head = Counter({"gradients on their way": 2 * stream})
     if shape.head_trained:
         head["parameter gradients"] = shape.vocab * shape.hidden * place.itemsize
     moments = [before + kept + left + head, held + layers_backward(setup, load, memory, gradients, whole=accumulates)]
-    return {
+    first = {"reference": before + reference_work(setup, load)} if setup.reference else {}
+    return first | {
         "forward": before + layers_forward(setup, load, memory),
         "loss": before + kept + Counter({"head": loss.peak_bytes}),
         "backward": max(moments, key=total),

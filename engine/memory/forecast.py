@@ -18,8 +18,10 @@ from burnish.memory.bytes import Setup, total
 from burnish.memory.plan import TILE, Machine, Option, as_yaml, choose, load_of, longest, options, settings, setup_for
 from burnish.memory.probe import host_memory
 from burnish.memory.settings import Memory, from_config
-from burnish.memory.shape import describe
+from burnish.memory.shape import describe, shape_of
+from burnish.memory.spread import Spread
 from burnish.memory.time import CARDS, GIB, Card, Load, Rates
+from burnish.parallel.world import least, world
 
 CPU_RATES = Rates(50e9, 20e9, 20e9, 10e9, 10e9, "assumed of a CPU core")
 
@@ -34,6 +36,12 @@ def machine_of(device: torch.device) -> Machine:
     return Machine(replace(known, name=name, memory=float(free + torch.cuda.memory_reserved(device))), host_memory())
 
 
+def _of_all(machine: Machine) -> Machine:
+    """What every process of the run has: each must make the same plan."""
+    free, host = least(machine.card.memory), least(machine.host)
+    return replace(machine, card=replace(machine.card, memory=free), host=host)
+
+
 def asked(config: Any, *, cuda: bool) -> list[Memory]:
     """The settings that a configuration leaves to choose from: one, unless keys are open on a GPU."""
     plain = from_config(config, cuda=cuda)
@@ -44,16 +52,36 @@ def asked(config: Any, *, cuda: bool) -> list[Memory]:
     return [replace(plain, keep_attention=k, tile=t) for k in keep for t in tile]
 
 
+def strategy(config: Any, batches: Any, device: torch.device) -> str:
+    """How several processes divide a run whose `parallel` was left open: ddp where the whole model's training fits each
+    device (or can't be foreseen), else fsdp. Decided before the model is loaded, from its configuration."""
+    cuda, own = device.type == "cuda", world()
+    if batches is None or not config.model_name_or_path:
+        return "ddp"
+    half = config.use_peft and config.dtype == "float32" and config.bf16 is not False and cuda  # as a base is loaded
+    whole = Spread(own.size, "ddp", own.sequence)
+    try:
+        setup = setup_for(config, shape_of(config, loaded="bfloat16" if half else None), cuda=cuda, spread=whole)
+    except UserError:
+        return "ddp"
+    machine = replace(_of_all(machine_of(device)), cards=whole.on_a_machine)
+    load = replace(heaviest_load(config, batches), shared=whole.sequence)
+    return "ddp" if choose(options(setup, load, machine, settings(setup))) else "fsdp"
+
+
 def forecast(config: Any, model: nn.Module, batches: Any, device: torch.device) -> "Forecast":
     """What this run will hold and take, and the settings that are the planner's to choose.
 
     Raises UserError for a model that the planner doesn't know.
     """
     cuda = device.type == "cuda"
-    setup = setup_for(config, describe(model), cuda=cuda)
-    machine = machine_of(device)
+    own = world()
+    spread = Spread(own.size, config.parallel or "ddp", own.sequence) if own.size > 1 else Spread()
+    setup = setup_for(config, describe(model), cuda=cuda, spread=spread)
+    machine = replace(_of_all(machine_of(device)), cards=spread.on_a_machine)
     candidates = settings(setup) if config.memory == "auto" else asked(config, cuda=cuda)
-    weighed = options(setup, heaviest_load(config, batches), machine, candidates)
+    load = replace(heaviest_load(config, batches), shared=spread.sequence)
+    weighed = options(setup, load, machine, candidates)
     chosen = choose(weighed)
     return Forecast(machine, chosen or min(weighed, key=lambda option: option.peak), chosen is not None)
 

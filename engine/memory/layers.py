@@ -24,6 +24,7 @@ from burnish.config.errors import UserError
 from burnish.kernels.once import differentiable_once
 from burnish.memory import tiles
 from burnish.memory.arena import Arena, Copies, Pass, rounded
+from burnish.memory.attended import Attention, Call, groups
 from burnish.memory.settings import Memory
 from burnish.model import blocks, forwards
 
@@ -136,6 +137,7 @@ def install(model: nn.Module, memory: Memory, *, copies: Copies | None = None) -
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     except ValueError as error:
         raise UserError(str(error), where="gradient_checkpointing", mend="Set gradient_checkpointing: false") from error
+    _no_made_up_gradients(model)
     if memory.offload:
         state.arena = Arena(next(model.parameters()).device, copies)
     segment, before = None, ""
@@ -159,9 +161,19 @@ def install(model: nn.Module, memory: Memory, *, copies: Copies | None = None) -
 
 def uninstall(model: nn.Module) -> None:
     """Take checkpointing off the model, burnish's or transformers'; nothing where there is none."""
+    _no_made_up_gradients(model)
     for module in model.modules():
         if vars(module).pop(_FUNCTION, None) is not None:
             module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def _no_made_up_gradients(model: nn.Module) -> None:
+    """Undo enable_input_require_grads, which gives frozen embeddings' output a gradient of [T, H] that nobody reads.
+
+    Checkpoints by an older way need an input with a gradient to have any; those made here don't.
+    """
+    if getattr(model, "_require_grads_hook", None) is not None:
+        model.disable_input_require_grads()  # type: ignore[operator]
 
 
 def _reason(layer: nn.Module) -> str | None:
@@ -221,10 +233,12 @@ class _Segment:
                 x = run(x)
             return x
         packed = all("cu_seq_lens_q" in run.keywords for run in calls)
-        attentions = [tiles.Attention() if self.state.memory.keep_attention and packed else None for _ in calls]
+        attentions: list[Attention | None] = [None for _ in calls]
+        if self.state.memory.keep_attention and packed:
+            tile, pairs = self.state.memory.tile, zip(self.layers, calls, strict=True)
+            attentions = [Attention(groups(layer, x, run.keywords, tile)) for layer, run in pairs]
         size = rounded(x.numel() * x.element_size())
-        if attentions[0] is not None:
-            size += sum(tiles.Attention.size(layer, x) for layer in self.layers)
+        size += sum(a.size(layer, x) for a, layer in zip(attentions, self.layers, strict=True) if a is not None)
         pass_ = self.state.pass_for(self.index, size)
         work = _Work(self.state, self.index, self.layers, [run.keywords for run in calls], attentions, pass_)
         return _Checkpoint.apply(x, work, *parameters)
@@ -238,13 +252,16 @@ class _Segment:
         if pass_ is None:
             return checkpoint(run, *args, use_reentrant=False)
 
-        def pack(tensor: Tensor) -> Tensor | None:
-            same = tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape
-            return None if same and pass_.put(self.index, tensor) else tensor
+        def pack(tensor: Tensor) -> Tensor | list[Tensor]:
+            if tensor.data_ptr() != x.data_ptr() or tensor.shape != x.shape:
+                return tensor  # another argument; torch 2.11 saves an empty tensor of its own too
+            return [] if pass_.put(self.index, tensor) else [tensor]
 
-        def unpack(tensor: Tensor | None) -> Tensor:
-            with pass_.reading(self.index) as found:
-                return found[0].clone() if tensor is None else tensor
+        def unpack(kept: Tensor | list[Tensor]) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            with pass_.reading(self.index) as found:  # also where it stayed: the one before starts to come
+                return kept[0] if kept else found[0].clone()
 
         with saved_tensors_hooks(pack, unpack):
             return checkpoint(run, *args, use_reentrant=False)
@@ -257,8 +274,8 @@ class _Work:
     state: Installed
     index: int
     layers: list[nn.Module]
-    calls: list[tiles.Call]
-    attentions: list[tiles.Attention | None]
+    calls: list[Call]
+    attentions: list[Attention | None]
     pass_: Pass | None
     away: list[bool] = field(default_factory=list)  # of the tensors kept, in order: on the host
     generators: list[tuple[Tensor, ...]] = field(default_factory=list)  # before each layer, where dropout is

@@ -13,6 +13,7 @@ from burnish.memory.bytes import HOST_BASE, Setup, host_bytes, offloaded, phases
 from burnish.memory.saved import Ledger, Place
 from burnish.memory.settings import Memory
 from burnish.memory.shape import Shape
+from burnish.memory.spread import Spread, communication
 from burnish.memory.time import GIB, Card, Load, Seconds, flops, seconds
 from burnish.optim.footprint import ROUNDED
 
@@ -23,10 +24,11 @@ ALIKE = 0.01  # plans whose times differ by less than this share are equally fas
 
 @dataclass(frozen=True)
 class Machine:
-    """A card, and the bytes of memory of the host that it is in."""
+    """A card, and the bytes of memory of the host that it is in, which `cards` of them share."""
 
     card: Card
     host: float
+    cards: int = 1
 
     @property
     def usable(self) -> float:
@@ -37,7 +39,7 @@ class Machine:
     @property
     def arena(self) -> float:
         """Host bytes that checkpoints may take."""
-        return max(0.0, self.host - HOST_BASE)
+        return max(0.0, self.host - HOST_BASE) / self.cards
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Option:
 
     @property
     def tokens_a_second(self) -> float:
-        return self.load.tokens * self.setup.accumulation / self.seconds.total
+        """Of all processes together."""
+        return self.load.tokens * self.setup.accumulation * self.setup.spread.size / self.seconds.total
 
     @property
     def recomputed(self) -> float:
@@ -82,8 +85,8 @@ class Option:
         return max(self.phases[self.phase].items(), key=lambda item: item[1])
 
 
-def setup_for(config: Any, shape: Shape, *, cuda: bool = True) -> Setup:
-    """The setup of a training configuration for a model of this shape, on a GPU or on the CPU."""
+def setup_for(config: Any, shape: Shape, *, cuda: bool = True, spread: Spread | None = None) -> Setup:
+    """The setup of a training configuration for a model of this shape, on a GPU or the CPU, in one process or many."""
     bf16 = config.bf16 if config.bf16 is not None else cuda
     computes = bf16 or config.dtype == "bfloat16"
     casts = computes and (config.dtype != "bfloat16" or config.optim in ROUNDED)  # else peft's adapters stay float32
@@ -96,12 +99,21 @@ def setup_for(config: Any, shape: Shape, *, cuda: bool = True) -> Setup:
         accumulation=config.gradient_accumulation_steps,
         optimizer_in_bwd=config.optimizer_in_bwd,
         loss_known=getattr(config, "loss_type", "") == "nll",
+        reference=reference_of(config),
+        spread=spread or Spread(),
     )
 
 
-def load_of(batch: Batch) -> Load:
+def reference_of(config: Any) -> str:
+    """Whose log-probs are taken beside the policy's, as `Setup.reference` says it; a model given in a script aside."""
+    if getattr(config, "reference_free", False) or getattr(config, "precompute_ref_log_probs", True):
+        return ""  # none, or taken before training
+    return "policy" if config.use_peft and not getattr(config, "force_use_ref_model", False) else "copy"
+
+
+def load_of(batch: Batch, shared: int = 1) -> Load:
     """What a micro-batch asks for."""
-    return Load(tuple(batch.cu_seqlens.diff().tolist()), batch.num_valid)
+    return Load(tuple(batch.cu_seqlens.diff().tolist()), batch.num_valid, shared)
 
 
 def settings(setup: Setup) -> list[Memory]:
@@ -111,7 +123,7 @@ def settings(setup: Setup) -> list[Memory]:
         return [*found, Memory(True, offload=True)]
     for offload in (False, True):
         for segment in SEGMENTS:
-            for keep in (False, True):
+            for keep in (False, True)[: 1 + (setup.spread.sequence == 1)]:  # exchanged heads are nobody's to keep
                 for tile in (None, TILE):
                     found.append(Memory(True, segment, keep, tile, offload))
     return list(dict.fromkeys(found))
@@ -132,7 +144,18 @@ def weigh(setup: Setup, load: Load, memory: Memory, machine: Machine) -> Option:
         micro=setup.accumulation,
         state_bytes=total(_updated(setup)),
         offloaded=offloaded(setup, load, memory),
+        reference=bool(setup.reference),
     )
+    talk = communication(
+        setup.shape,
+        setup.spread,
+        load,
+        memory,
+        itemsize=setup.place.itemsize,
+        micro=setup.accumulation,
+        compute=spent.compute,
+    )
+    spent = replace(spent, talk=talk)
     option = Option(memory, setup, load, moments, host, spent, "")
     return replace(option, refused=_refusal(option, machine))
 
@@ -140,7 +163,8 @@ def weigh(setup: Setup, load: Load, memory: Memory, machine: Machine) -> Option:
 def _updated(setup: Setup) -> Ledger:
     """State that an update touches: a frozen base's weights it does not."""
     held = state(setup)
-    held["weights"] -= sum(t.count * t.itemsize for t in setup.shape.tensors if not t.trained)
+    held["weights"] -= sum(setup.spread.part(t.count) * t.itemsize for t in setup.shape.tensors if not t.trained)
+    del held["reference"]
     return held
 
 
@@ -188,10 +212,11 @@ def longest(
     setup: Setup,
     memory: Memory,
     machine: Machine,
-    load: Callable[[int], Load] = lambda n: Load((n,)),
+    load: Callable[[int], Load] | None = None,
     limit: int = 1 << 26,
 ) -> int:
     """The most tokens n for which the micro-batch load(n), one document unless given, fits; 0 where not even 2 do."""
+    load = load or (lambda n: Load((n,), shared=setup.spread.sequence))
     low, high = 1, 2
     while high < limit and fits(setup, load(high), memory, machine):
         low, high = high, 2 * high

@@ -10,6 +10,7 @@ Shapes: T tokens, N of them trained, H hidden, I inner, Hq query heads of D, R r
 from collections import Counter
 from dataclasses import dataclass
 
+from burnish.memory.attended import grouped
 from burnish.memory.settings import Memory
 from burnish.memory.shape import Layer, Shape
 from burnish.memory.time import Load
@@ -124,6 +125,13 @@ def ends(shape: Shape, load: Load, place: Place) -> Ledger:
     return kept
 
 
+def groups(layer: Layer, load: Load, memory: Memory) -> int:
+    """Groups of KV heads that a checkpointed layer's attention is divided into, as `burnish.memory.attended` does."""
+    tiled = memory.checkpointing and layer.block and memory.tile is not None and memory.tile < load.tokens
+    tiled = tiled and load.shared == 1  # processes that share a document exchange heads by themselves
+    return grouped(layer.kv_heads) if tiled else 1
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint: bytes of its input and of kept attentions, whether they go to the host, how many layers."""
@@ -144,7 +152,9 @@ def checkpoints(shape: Shape, load: Load, memory: Memory, place: Place) -> list[
         tensors, layers = [load.tokens * shape.hidden * place.itemsize], shape.layers[start : start + step]
         if memory.keep_attention and shape.by_hand:
             for layer in layers:
-                tensors += [load.tokens * layer.queries * place.itemsize, load.tokens * layer.heads * _FLOAT32]
+                parts = groups(layer, load, memory)
+                sums = load.tokens * layer.heads * _FLOAT32
+                tensors += [load.tokens * layer.queries * place.itemsize, *[sums // parts] * parts]
         away = memory.offload and number < len(starts) - memory.keep_on_device
         made.append(Checkpoint(tuple(tensors), away, len(layers)))
     return made

@@ -9,18 +9,13 @@ Shapes: x [B, T, H] the layer's input; q [B, T, Hq, D], k and v [B, T, Hk, D]; a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from burnish.memory.arena import rounded
+from burnish.memory.attended import Attention, Call, attend, groups
 from burnish.memory.unmade import mlp_ends
 from burnish.model import blocks
-
-Call = dict[str, Any]  # keyword arguments that the model hands a layer beside x
 
 
 def in_tiles(function: Callable, tile: int | None, *rows: Tensor) -> list[Tensor]:
@@ -49,7 +44,7 @@ def forward(layer: nn.Module, x: Tensor, call: Call, tile: int | None, attention
     """The layer's output [B, T, H], without a graph. `attention` remembers what its backward needs, if given."""
     q, k, v = _projections(layer, x, call, tile)
     if attention is None:
-        attended = blocks.attend(layer.self_attn, q, k, v, **_attention_call(call))  # type: ignore[arg-type]
+        attended = attend(layer, q, k, v, call)
     else:
         attended = attention.run(layer, q, k, v, call)
     del q, k, v
@@ -80,105 +75,6 @@ def _rest(layer: nn.Module, attended: Tensor, x: Tensor, tile: int | None) -> Te
         return [blocks.mlp(layer, *blocks.after_attention(layer, attended, x))]
 
     return in_tiles(run, tile, attended, x)[0]
-
-
-def _attention_call(call: Call) -> Call:
-    return {name: value for name, value in call.items() if name not in ("position_embeddings", "past_key_values")}
-
-
-class _Entry(torch.autograd.Function):
-    """q, k and v as the start of a graph that holds none of them: a leaf would keep its tensor alive."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.detach() for tensor in tensors)
-
-
-@dataclass
-class Attention:
-    """An attention's graph between forward and backward, without its q, k and v: only output and log-sum-exp are kept.
-
-    For every attention whose backward reads q, k, v, its output and little else: of what it saves for backward, views
-    of q, k and v are noted as such instead of kept. Where it saves more (copies of k and v), nothing is kept,
-    `refused` says why, and backward has to run it again.
-    """
-
-    kept: list[Tensor] = field(default_factory=list)  # taken over by whoever keeps them until backward
-    refused: str = ""
-    _output: int = 0  # which of `kept` is the output
-    _shape: torch.Size = torch.Size()
-    _entries: list[GradientEdge] = field(default_factory=list)
-    _exit: GradientEdge | None = None
-    _sources: list[Tensor] = field(default_factory=list)  # while backward runs: q, k, v, then `kept`
-
-    @staticmethod
-    def size(layer: nn.Module, x: Tensor) -> int:
-        """Bytes that a layer's output and log-sum-exp take in the arena, for input x."""
-        attn = layer.self_attn
-        queries = getattr(attn.q_proj, "out_features")  # noqa: B009
-        tokens = x.shape[0] * x.shape[1]
-        return rounded(tokens * queries * x.element_size()) + rounded(tokens * queries // attn.head_dim * 4)  # type: ignore
-
-    def run(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """The attention's output [B, T, Hq * D]; what backward must be given again is in `kept`."""
-        originals = [q, k, v]  # emptied below: the graph holds on to the hooks
-
-        def pack(tensor: Tensor) -> tuple:
-            for which, original in enumerate(originals):
-                if _memory(tensor) == _memory(original):
-                    offset = tensor.storage_offset() - original.storage_offset()
-                    return which, tensor.size(), tensor.stride(), offset
-            if not tensor.is_floating_point():
-                return (tensor,)  # where sequences begin, a generator's state: small, and the same for every layer
-            return 3 + self._keep(tensor.detach()), tensor.size()
-
-        def unpack(place: tuple) -> Tensor:
-            if len(place) == 1:
-                return place[0]
-            source = self._sources[place[0]]
-            if len(place) == 2:
-                return source.view(place[1])
-            return source.as_strided(place[1], place[2], source.storage_offset() + place[3])
-
-        with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
-            token = torch.empty(0, device=q.device, requires_grad=True)
-            entered = _Entry.apply(token, q, k, v)
-            attended = blocks.attend(layer.self_attn, *entered, **_attention_call(call))  # type: ignore[arg-type]
-        self._entries = [get_gradient_edge(tensor) for tensor in entered]
-        self._exit = get_gradient_edge(attended)
-        originals.clear()
-        attended = attended.detach()
-        self._output, self._shape = self._keep(attended), attended.shape
-        promised = attended.numel() * attended.element_size() + 8 * q[..., 0].numel()  # sums in float32 or float64
-        if sum(tensor.numel() * tensor.element_size() for tensor in self.kept) > promised:
-            self.kept, self._entries, self._exit = [], [], None
-            self.refused = "its backward needs more than output and log-sum-exp"
-        return attended
-
-    def output(self, kept: list[Tensor]) -> Tensor:
-        """The attention's output [B, T, Hq * D] from `kept` as it was."""
-        return kept[self._output].view(self._shape)
-
-    def _keep(self, tensor: Tensor) -> int:
-        """The place of this tensor in `kept`: contiguous views of one storage in full are one."""
-        for place, other in enumerate(self.kept):
-            if _memory(other) == _memory(tensor) and other.numel() == tensor.numel() and tensor.is_contiguous():
-                return place
-        self.kept.append(tensor.contiguous())
-        return len(self.kept) - 1
-
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], grad: Tensor) -> Sequence[Tensor]:
-        """dq, dk and dv from the gradient of the output, q, k and v made again, and `kept` as it was. Works once."""
-        assert self._exit is not None
-        self._sources = [q, k, v, *kept]
-        try:
-            return torch.autograd.grad([self._exit], self._entries, [grad])  # type: ignore[arg-type]
-        finally:
-            self._sources = []
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 # ---- backward
@@ -246,32 +142,37 @@ def backward(
     rewind     puts random generators back to where this layer's forward began
     """
     wants_attended = wants_x or bool(sums.before)
+    number = groups(layer, x, call, tile) if attention is None and wants_attended else 1
+    plainly = attention is None and number == 1  # the attention runs as it is, with its graph
     rewind()
     if tile is None or tile >= x.shape[1]:
         with torch.enable_grad():
             source = x.detach().requires_grad_(wants_x)
             made = _projections(layer, source, call, None)
-        q, k, v = (each.detach().requires_grad_(wants_attended and attention is None) for each in made)
+        q, k, v = (each.detach().requires_grad_(wants_attended and plainly) for each in made)
     else:
         made = []
-        q, k, v = (
-            each.requires_grad_(wants_attended and attention is None) for each in _projections(layer, x, call, tile)
-        )
-    if attention is None:
+        q, k, v = (each.requires_grad_(wants_attended and plainly) for each in _projections(layer, x, call, tile))
+    if plainly:
         with torch.enable_grad():
-            graph = blocks.attend(layer.self_attn, q, k, v, **_attention_call(call))  # type: ignore[arg-type]
+            graph = attend(layer, q, k, v, call)
         attended = graph.detach()
     else:
+        if attention is None:
+            attention = Attention(number, everything=True)
+            attention.run(layer, q, k, v, call)
+            kept, attention.kept = attention.kept, []
         attended = attention.output(kept)
     d_attended, dx = _rest_backward(layer, attended, x, grad, tile, wants_attended, wants_x, sums)
     if d_attended is None:
         return None
-    if attention is None:
+    if plainly:
         grads = torch.autograd.grad(graph, (q, k, v), d_attended)
         del graph
     else:
+        assert attention is not None
         grads = attention.backward(q, k, v, kept, d_attended)
-    del attended, d_attended, q, k, v
+    del attended, d_attended, kept, q, k, v
     if made:
         found = _differentiate(made, grads, [source, *(sums.parameters[number] for number in sums.before)])
         sums.add(sums.before, found[1:])

@@ -64,18 +64,23 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Load:
-    """One micro-batch: lengths of its documents, and how many of its tokens are trained (None: all but each last)."""
+    """One micro-batch: lengths of its documents, and how many of its tokens are trained (None: all but each last).
+
+    shared  so many processes have a run of its tokens each, and all that follows is one process's part
+    """
 
     lengths: tuple[int, ...]
     trained: int | None = None
+    shared: int = 1
 
     @property
     def tokens(self) -> int:
-        return sum(self.lengths)
+        return -(-sum(self.lengths) // self.shared)
 
     @property
     def valid(self) -> int:
-        return self.tokens - len(self.lengths) if self.trained is None else self.trained
+        trained = sum(self.lengths) - len(self.lengths) if self.trained is None else self.trained
+        return -(-trained // self.shared)
 
     def pairs(self, window: int | None) -> float:
         """Token pairs of causal attention, n^2 / 2 a document (a window w of a longer one: w n - w^2 / 2)."""
@@ -83,7 +88,7 @@ class Load:
         for n in self.lengths:
             w = n if window is None else min(window, n)
             total += w * n - w * w / 2
-        return total
+        return total / self.shared
 
 
 @dataclass(frozen=True)
@@ -168,10 +173,11 @@ class Seconds:
     optimizer: float
     copied: float  # bytes to the host, and as many back
     copy_share: float  # of the compute time that the copies take, in their tighter direction
+    talk: float = 0.0  # with other processes, where compute does not cover it
 
     @property
     def total(self) -> float:
-        return self.compute + self.exposed + self.optimizer
+        return self.compute + self.exposed + self.optimizer + self.talk
 
 
 def _traffic(layer: Layer, itemsize: int) -> float:
@@ -191,11 +197,13 @@ def seconds(
     micro: int = 1,
     state_bytes: float = 0.0,
     offloaded: tuple[int, int] = (0, 0),
+    reference: bool = False,
 ) -> Seconds:
     """Seconds of one update of `micro` micro-batches like `load`.
 
     state_bytes  bytes of weights, gradients and optimizer states: an update reads and writes them once
     offloaded    (checkpoints that go to the host in a micro-batch, bytes of one)
+    reference    a reference's forward runs beside the policy's
     """
     forward = backward = 0.0
     for layer, number in shape.kinds:
@@ -212,6 +220,8 @@ def seconds(
     exposed = copies * (max(0.0, out - forward / segments) + max(0.0, back - backward / segments))
     share = max(out / (forward / segments), back / (backward / segments)) if copies else 0.0
     compute = forward + backward + head
+    if reference:
+        compute += forward + head / (3 if shape.head_trained else 2)
     return Seconds(compute * micro, exposed * micro, 2 * state_bytes / rates.memory, copies * size * micro, share)
 
 

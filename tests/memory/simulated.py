@@ -76,6 +76,16 @@ class SimulatedDevice:
         self.queue.append(what)
         self.happen(self.random.randrange(6))
 
+    def given_back(self, buffers: list[Tensor]) -> None:
+        """The computation gets this memory: at that point no copy into it may still come."""
+        ours = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+        late = [copy.event for copy in self.copies if copy.target.untyped_storage().data_ptr() in ours]
+
+        def reused() -> None:
+            assert all(event.done for event in late), "given back while a copy into it was under way"
+
+        self.queue.append(reused)
+
     def happen(self, steps: int) -> None:
         for _ in range(steps):
             self._step()

@@ -12,13 +12,23 @@ from burnish.memory.arena import ALIGNMENT, Arena, PlainCopies, rounded
 CPU = torch.device("cpu")
 
 
+class Watched(Arena):
+    """Tells its simulated device when landing buffers are let go of."""
+
+    def _let_go_of_landings(self):
+        before = [landing.buffer for landing in self._landings if landing.buffer is not None]
+        super()._let_go_of_landings()
+        if before and all(landing.buffer is None for landing in self._landings):
+            self.copies.given_back(before)
+
+
 class Program:
     """Forwards and backwards of passes of random length and size, told to a simulated device and checked by it."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
         self.device = SimulatedDevice(seed)
-        self.arena = Arena(CPU, self.device)
+        self.arena = Watched(CPU, self.device)
         self.checked = 0
 
     def forward(self):
@@ -167,6 +177,25 @@ def test_what_does_not_fit_stays_on_the_device_and_the_next_step_grows():
             pass
     arena.begin(1, 64)
     assert arena.capacity == 256
+
+
+def test_sources_are_let_go_in_time_and_landing_buffers_behind_the_last_read():
+    """Two checkpoints may be on their way while more are made, even where those stay; none when backward begins."""
+    arena = Arena(CPU)
+    made = arena.begin(2, 2 * 64)
+    for index in range(5):
+        made.put(index, torch.rand(16))
+        held = [slot.owner[0] for slot in arena.live if slot.sources]
+        assert held == [each for each in (0, 1) if index - 2 < each <= index]
+    del made
+    made = arena.begin(4, 4 * 64)
+    for index in range(5):
+        made.put(index, torch.rand(16))
+    for index in reversed(range(5)):
+        with made.reading(index):
+            assert not any(slot.sources for slot in arena.live)
+            assert sum(landing.buffer is not None for landing in arena._landings) == (1 if index == 4 else 2)
+    assert all(landing.buffer is None for landing in arena._landings)
 
 
 def test_prefetch_runs_ahead_by_one_checkpoint():

@@ -12,7 +12,8 @@ from simulated import EagerDevice
 from torch.autograd.graph import saved_tensors_hooks
 
 from burnish.config.errors import UserError
-from burnish.memory.layers import install, uninstall
+from burnish.memory.arena import Arena
+from burnish.memory.layers import Installed, _Segment, install, uninstall
 from burnish.memory.settings import Memory
 
 # ---- what is kept
@@ -122,6 +123,26 @@ def test_an_exception_in_backward_leaves_no_slot_and_the_next_step_is_right():
     assert not installed.arena.live
     with installed.step():
         equal(step(model), expected)
+
+
+@pytest.mark.parametrize("stays", [1, 2])
+def test_layers_by_transformers_may_take_several_tensors(stays):
+    """Each is saved and asked for by itself; only the hidden states are on the host, and are read once."""
+    installed = Installed(Memory(True, offload=True, keep_on_device=stays), [[torch.nn.Identity()]] * 2)
+    installed.arena = Arena(torch.device("cpu"))
+    found = []
+    for run in (lambda layer, *args: layer(*args), None):
+        x, y, z = (torch.full((4,), value, requires_grad=True) for value in (0.3, 0.5, 0.7))
+        hidden = x
+        with installed.step():
+            for index in range(2):
+                segment = _Segment(installed, index, [torch.nn.Identity()], False)
+                run_layer = run or segment._by_transformers
+                hidden = run_layer(lambda x, y, z: (x * y).sin() * z, hidden, y, z)
+            hidden.sum().backward()
+        found.append([x.grad, y.grad, z.grad])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert bool(installed.arena.capacity) == (stays == 1)
 
 
 def test_a_forward_without_backward_is_an_error_of_the_step():

@@ -5,7 +5,7 @@ import torch
 from models import SETTINGS, TOKENS, build, checkpointed, close, equal, forward, step
 
 from burnish import kernels
-from burnish.memory import tiles
+from burnish.memory import attended, tiles
 from burnish.memory.layers import install, uninstall
 from burnish.memory.settings import Memory
 from burnish.model import blocks
@@ -42,6 +42,50 @@ def test_tiles_of_every_size_agree(trained):
     ):  # fmt: skip
         found, _ = checkpointed(model, Memory(True, segment, keep, tile, offload))
         close(found, expected)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("kv_heads", "expected"), [(4, 4), (1, 1), (12, 6)])
+def test_tiles_differentiate_attention_in_groups_of_heads_bit_for_bit(monkeypatch, kv_heads, expected, keep):
+    model = build("qwen3", num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads)
+    seen, attend = [], blocks.attend
+    monkeypatch.setattr(
+        blocks, "attend", lambda attn, q, *rest, **call: (seen.append(q), attend(attn, q, *rest, **call))[1]
+    )
+    memory = Memory(True, segment=2, keep_attention=keep, tile=6, offload=True)
+    found, installed = checkpointed(model, memory)
+    assert not installed.notes and {2 * kv_heads // expected} <= {q.shape[2] for q in seen}
+    monkeypatch.setattr(attended, "GROUPS", 1)
+    seen.clear()
+    whole, _ = checkpointed(model, memory)
+    assert {2 * kv_heads} == {q.shape[2] for q in seen}
+    equal(found, whole)
+
+
+def test_other_attentions_see_all_heads_at_once(monkeypatch):
+    model = build("llama")
+    model.config._attn_implementation = "sdpa"
+    groups = []
+    monkeypatch.setattr(tiles, "groups", lambda *call: groups.append(attended.groups(*call)) or groups[-1])
+    step_of_two_rows = torch.randint(3, 97, (2, 9))
+    install(model, Memory(True, tile=4))
+    model.model(input_ids=step_of_two_rows, use_cache=False).last_hidden_state.square().sum().backward()
+    assert groups == [1] * 5
+
+
+def test_frozen_embeddings_get_no_gradient():
+    """transformers gives their output one, for ways of checkpointing that need it: [T, H] that nobody reads."""
+    model = build("llama", lora=True)
+    outputs = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: outputs.append(out))
+    expected = step(model)
+    model.gradient_checkpointing_enable()
+    for memory in (Memory(True), Memory(True, 2, True, 6, True), Memory(True)):
+        found, _ = checkpointed(model, memory)
+        (close if memory.tile else equal)(found, expected)
+    equal(step(model), expected)
+    assert len(outputs) == 5 and not any(out.requires_grad for out in outputs)
+    handle.remove()
 
 
 @pytest.mark.parametrize(("tokens", "tile", "sizes"), [(23, 12, [12, 11]), (23, 8, [8, 8, 7]), (23, 6, [6, 6, 6, 5]),

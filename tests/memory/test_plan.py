@@ -9,7 +9,7 @@ from metering import Products, build, llama_8b, packed
 from burnish.config.errors import UserError
 from burnish.config.fields import SFTConfig
 from burnish.logprobs import token_nll
-from burnish.memory.anchors import CHECKPOINTS, H100, H200, KIB, calibrate
+from burnish.memory.anchors import H100, H200, KIB, calibrate
 from burnish.memory.bytes import Setup, phases, state, total
 from burnish.memory.layers import install
 from burnish.memory.plan import Machine, choose, longest, options, settings, setup_for, weigh
@@ -83,7 +83,7 @@ def test_matrix_products_are_counted_as_they_are_made(name, trained, memory):
     shape = describe(model)
     work = flops(shape, Load(LENGTHS), memory)
     planned = work.forward + work.recompute + work.backward + work.head
-    if trained == "lora" and not memory.checkpointing:  # nothing below the first layer needs a gradient
+    if trained == "lora":  # nothing below the first layer needs a gradient
         first = shape.layers[0].linears
         planned -= 2 * sum(LENGTHS) * sum(first[r].weights + first[r].rank * first[r].inputs for r in ("q", "k", "v"))
     assert made.total == planned
@@ -159,12 +159,16 @@ def test_calibration_on_published_runs(h200):
 
 
 def test_bytes_a_token_are_like_those_of_published_runs(eight_billion):
-    """A tiled layer at work with its checkpoints on the host: no fit, and within a tenth of what ALST's runs needed."""
+    """A tiled layer at work with its checkpoints on the host, by hand: 60 % of what ALST's runs needed."""
     _, full = eight_billion
-    memory, lengths = Memory(True, tile=16384, offload=True), (1 << 18, 1 << 19)
+    memory, lengths = Memory(True, tile=16384, offload=True), (1 << 19, 1 << 20)
     short, long = (total(phases(full, Load((n,)), memory)["backward"]) for n in lengths)
-    on_device = CHECKPOINTS / 32  # the last layer's
-    assert (long - short) / lengths[0] - on_device == pytest.approx(calibrate().tiled, rel=0.1)
+    stream, keys, group = 8 * KIB, 2 * KIB, 1 / 8  # bytes a token of 4,096 and of 1,024 elements; one of 8 KV heads
+    by_hand = 2 * stream + 2 * stream + stream  # landing buffers; gradients of output and input; of the attended
+    by_hand += 2 * stream + 2 * keys + 32 * 4  # queries, attended, keys, values, log-sum-exp
+    by_hand += group * (stream + 2 * keys + 4 * 4096 + 4 * stream)  # a group's gradients, and what flash takes beside
+    assert (long - short) / lengths[0] == pytest.approx(by_hand, rel=0.02)  # and rotary tables and ids
+    assert by_hand < 0.62 * calibrate().tiled
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bf16", "adamw_bf16_sr", "sgd"])
