@@ -3,8 +3,7 @@
 `Examples` holds every tokenized row end to end in flat arrays (memory-mapped where they come from the cache). A piece
 `(example, start, stop)` is a run of one example's tokens and becomes one sequence of a `Batch`: sequences never attend
 to each other, positions restart, and the last position of each predicts nothing. `Batches` decides which pieces make
-which micro-batch of which epoch, from (seed, epoch) alone, and knows the number of trained tokens of each before any
-tensor exists: the loop divides by the count of its whole accumulation window.
+which micro-batch of which epoch, from (seed, epoch) alone.
 """
 
 from __future__ import annotations
@@ -19,48 +18,12 @@ import torch
 from torch import Tensor
 
 from burnish.config.errors import UserError
+from burnish.data.examples import Examples
 from burnish.data.packing import Packs, pack, whole_rows
+from burnish.data.share import Share, Window, share
 from burnish.data.unpaired import Mismatches, check_questions, spread
 
 IGNORE = -100
-_COUNT_BLOCK = 4096  # pieces summed at a time: bounds the memory of counting over a mapped array
-
-
-@dataclass
-class Examples:
-    """Tokenized rows, end to end. Row r is `ids[offsets[r]:offsets[r + 1]]`.
-
-    ids      [N] int32    token ids
-    trained  [N] bool     token i is a target (means nothing for a row's first token, which no position predicts)
-    offsets  [R + 1] int64
-    rows     [R] int64    each row's number in the source, for reports
-
-    Preferences have more. Pairs: row 2p is the chosen and row 2p + 1 the rejected of pair p, and `trained` marks their
-    completions (nothing where sequences are scored as a whole). Rated completions: `desirable` and `question`.
-
-    paired     the rows are pairs
-    prompt     [R] int64    tokens of the row that are its prompt; the rest is its completion
-    margin     [R / 2] float32  by how much each chosen is better, where the rows say so
-    desirable  [R] bool
-    question   [R] int64    equal for rows whose whole prompts, before any cutting, are equal
-    """
-
-    ids: np.ndarray
-    trained: np.ndarray
-    offsets: np.ndarray
-    rows: np.ndarray
-    paired: bool = False
-    prompt: np.ndarray | None = None
-    margin: np.ndarray | None = None
-    desirable: np.ndarray | None = None
-    question: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> np.ndarray:  # [R] int64
-        return np.diff(self.offsets)
 
 
 @dataclass
@@ -85,14 +48,20 @@ class Batch:
     rated: Tensor | None = None  # [U] int64, the sequences that are rated
     desirable: Tensor | None = None  # [U] bool
     mismatched: Tensor | None = None  # [U] int64, sequences of the same prompts with completions of other prompts
+    edge: tuple[int, int] | None = None  # tokens, and entries of `valid`, before the first mismatched sequence
     completion: Tensor | None = None  # [T] bool, t predicts a token of a completion; None: where labels[t] != -100
     reference: Tensor | None = None  # [S] float32, cached sums of log-probs under the reference
+    inputs: dict[str, Any] | None = None  # padded rows, what the backbone is called with: input_ids [B, L], ...
+    place: Tensor | None = None  # [T] int64, where each token stands in the padded rows, row after row
+    counted: bool = True  # False: it only keeps step with other ranks, and nothing of it may count
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`. Copies to a CUDA device go through pinned memory and do not block."""
         pinned = torch.device(device).type == "cuda"
 
         def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: move(each) for name, each in value.items()}
             if not isinstance(value, Tensor):
                 return value
             if pinned and not value.is_cuda:
@@ -152,21 +121,6 @@ def collate(
     )
 
 
-def count_trained(examples: Examples, pieces: np.ndarray) -> np.ndarray:
-    """Tokens that each piece `(example, start, stop)` trains on: its targets except its own first token.  [P] int64"""
-    begin = examples.offsets[pieces[:, 0]] + pieces[:, 1]
-    end = begin + pieces[:, 2] - pieces[:, 1]
-    counts = np.zeros(len(pieces), dtype=np.int64)
-    order = np.argsort(begin, kind="stable")
-    for at in range(0, len(order), _COUNT_BLOCK):
-        block = order[at : at + _COUNT_BLOCK]
-        low, high = int(begin[block[0]]), int(end[block].max())
-        running = np.zeros(high - low + 1, dtype=np.int64)
-        np.cumsum(examples.trained[low:high], out=running[1:])
-        counts[block] = running[end[block] - low] - running[begin[block] + 1 - low]
-    return counts
-
-
 class Batches:
     """The micro-batches of a data set, epoch by epoch, deterministic from (seed, epoch).
 
@@ -214,10 +168,6 @@ class Batches:
         self._size = config.per_device_train_batch_size if train else config.per_device_eval_batch_size
 
         self._units = self._make_units(config, train)
-        counts = count_trained(examples, self._units.pieces)
-        if label_prompts:
-            counts[0::2] = (self._units.pieces[:, 2] - 1)[0::2]
-        self._counts = np.add.reduceat(counts, self._units.offsets[:-1])
         self._groups: list[np.ndarray] | None = None
         if self._budget is not None:
             self._groups = self._budget_groups(self._budget)
@@ -310,29 +260,41 @@ class Batches:
         numbers = [self._units.pieces[units, 0] for units in groups]
         return groups, order, Mismatches(self.examples, numbers, *self._cut, tight=self._budget is not None)
 
-    def trained_tokens(self, epoch: int) -> np.ndarray:
-        """`num_valid` of each micro-batch of an epoch, without building one.  [len(self)] int64"""
-        groups, order, mismatches = self._plan(epoch)
-        counts = [int(self._counts[groups[i]].sum()) for i in order]
-        if mismatches is not None:
-            counts = [n + mismatches.trained(i) for n, i in zip(counts, order, strict=True)]
-        return np.array(counts, dtype=np.int64)
-
-    def tokens(self, epoch: int) -> np.ndarray:
-        """Tokens (trained or not) of each micro-batch of an epoch.  [len(self)] int64"""
-        groups, order, mismatches = self._plan(epoch)
-        sizes = self._units.tokens
-        counts = [int(sizes[groups[i]].sum()) for i in order]
-        if mismatches is not None:
-            counts = [n + mismatches.tokens(i) for n, i in zip(counts, order, strict=True)]
-        return np.array(counts, dtype=np.int64)
-
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The micro-batches of an epoch in their order, from number `skip` on (skipped ones cost nothing)."""
         groups, order, mismatches = self._plan(epoch)
         for i in order[skip:]:
             pieces = np.concatenate([self._units.table(unit) for unit in groups[i].tolist()])
             yield self._batch(pieces, mismatches.pieces(i) if mismatches is not None else None)
+
+    def shares(
+        self, epoch: int, skip: int, size: int, *, ranks: int, rank: int, cost: tuple[float, float]
+    ) -> Iterator[Share]:
+        """What `rank` gets of each window of `size` micro-batches (the last may hold fewer), from number `skip` on.
+
+        All ranks' parts together hold the window's units once; with packing a unit is a piece of a pack. One rank
+        alone gets the micro-batches of `epoch`. cost (a, b): a sequence of n tokens is a*n + b*n^2 of work.
+        """
+        groups, order, mismatches = self._plan(epoch)
+        each, tokens = 2 if self.examples.paired else 1, self._units.tokens
+        sums = [int(tokens[group].sum()) for group in groups]
+        cap = max(sums) if mismatches is None else max(sums) + mismatches.tokens(sums.index(max(sums)))
+        for at in range(skip, len(order), size):
+            numbers = order[at : at + size]
+            tables = [np.concatenate([self._units.table(unit) for unit in groups[i].tolist()]) for i in numbers]
+            pieces = np.concatenate(tables).reshape(-1, each, 3)  # [E, each, 3]
+            home = np.repeat(np.arange(len(numbers)), [len(table) // each for table in tables])
+            lengths, glued = pieces[:, :, 2] - pieces[:, :, 1], None
+            if mismatches is not None:
+                glued = np.concatenate([mismatches.pieces(i) for i in numbers])  # [E, 2, 3]
+                lengths = np.append(lengths, (glued[:, :, 2] - glued[:, :, 1]).sum(axis=1, keepdims=True), axis=1)
+            window = Window(lengths, pieces[:, 0, :2], home)
+
+            def build(units: np.ndarray, pieces: np.ndarray = pieces, glued: np.ndarray | None = glued) -> Batch:
+                return self._batch(pieces[units].reshape(-1, 3), None if glued is None else glued[units])
+
+            most = max(cap, window.largest)  # a window's mismatched sequences may be longer
+            yield share(window, most, build, ranks=ranks, rank=rank, cost=cost)
 
     def heaviest(self, epoch: int) -> Batch:
         """The epoch's micro-batch that costs most memory: most tokens, and of those the longest units."""
@@ -358,7 +320,8 @@ class Batches:
             batch.rated = torch.arange(count)
             batch.desirable = torch.from_numpy(examples.desirable[pieces[:count, 0]])
             if glued is not None:
-                batch.mismatched = torch.arange(count, 2 * count)
+                batch.mismatched, edge = torch.arange(count, 2 * count), int(batch.cu_seqlens[count])
+                batch.edge = edge, int(np.searchsorted(batch.valid.numpy(), edge))
         if self.reference is not None:
             batch.reference = self._look_up(batch.examples, count)
         return batch
@@ -383,9 +346,3 @@ class Batches:
             for number in range(len(self._groups)):
                 digest.update(mismatches.pieces(number).data)
         return digest.hexdigest()
-
-    @property
-    def packs(self) -> tuple[int, float]:
-        """Number of units, and how full they are: tokens over units times the longest one."""
-        sizes = self._units.tokens
-        return len(sizes), float(sizes.sum() / (len(sizes) * sizes.max()))

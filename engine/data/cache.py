@@ -20,7 +20,7 @@ import numpy as np
 from burnish.data.batch import Examples
 from burnish.data.report import DataReport
 
-VERSION = 2  # of the files' layout and of what tokenization means: raised when either changes
+VERSION = 3  # of the files' layout and of what tokenization means: raised when either changes
 _ARRAYS = {"ids": np.int32, "trained": np.bool_, "offsets": np.int64, "rows": np.int64}
 _SOME_HAVE = {"prompt": np.int64, "margin": np.float32, "desirable": np.bool_, "question": np.int64}
 _DTYPES = _ARRAYS | _SOME_HAVE

@@ -16,6 +16,7 @@ _SHAREGPT_ROLES = {
     "model": "assistant",
 }
 _SHAREGPT_ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant"}
+IMAGES = ("images", "image")
 _TEMPLATE_COLUMNS = {"tools", "chat_template_kwargs"}
 USED_COLUMNS = {
     "messages": {"messages", "conversations"} | _TEMPLATE_COLUMNS,
@@ -43,12 +44,14 @@ def detect(row: dict[str, Any], text_field: str, where: str) -> Format:
         if kinds == {"text"}:
             return "prompt-completion"
         if kinds == {"messages"}:
+            _refuse_images(present, where)
             return "prompt-completion messages"
         raise UserError("prompt and completion must both be text or both be lists of messages", where=where)
     for column in ("messages", "conversations"):
         if column in present:
             if kind_of(row[column]) != "messages":
                 raise UserError(f"{column} must be a list of objects with role and content", where=where)
+            _refuse_images(present, where)
             return "messages"
     if text_field in present:
         if not isinstance(row[text_field], str):
@@ -59,6 +62,17 @@ def detect(row: dict[str, Any], text_field: str, where: str) -> Format:
         mend = f"These are preference rows: use burnish dpo, cpo, orpo or reward. {mend}"
     columns = ", ".join(sorted(present)) or "no columns with a value"
     raise UserError(f"unrecognised columns: {columns}", where=where, mend=mend)
+
+
+def _refuse_images(present: set[str], where: str) -> None:
+    """Conversations with images that came by a way on which nobody looks at them: text alone would be trained."""
+    if present & set(IMAGES):
+        raise UserError(
+            f"a conversation with {' and '.join(sorted(present & set(IMAGES)))} can't be packed as text",
+            where=where,
+            mend="Give rows of messages and images as SFTTrainer's train_dataset (a list or a datasets.Dataset), or "
+            "delete the column",
+        )
 
 
 def check_same(row: dict[str, Any], expected: Format, text_field: str, where: str) -> None:
@@ -95,7 +109,11 @@ def conversation(messages: list[dict[str, Any]], where: str, *, arrow: bool) -> 
         if "role" not in message and "from" in message:
             role = message["from"]
             message = {k: v for k, v in message.items() if k not in ("from", "value")}
-            message = {"role": _SHAREGPT_ROLES.get(role, role), "content": messages[number].get("value"), **message}
+            message = {
+                "role": _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else None,
+                "content": messages[number].get("value"),
+                **message,
+            }
         if not isinstance(message.get("role"), str):
             raise UserError(f"message {number} has no role (keys: {', '.join(message)})", where=where)
         if message.get("content") is None and not any(value for key, value in message.items() if key != "role"):
@@ -106,7 +124,10 @@ def conversation(messages: list[dict[str, Any]], where: str, *, arrow: bool) -> 
 
 def template_arguments(row: dict[str, Any], where: str, *, arrow: bool) -> dict[str, Any]:
     """What a row asks of its template beside its messages: `tools` (a list, or its JSON) and `chat_template_kwargs`."""
-    arguments = dict(row.get("chat_template_kwargs") or {})
+    given = row.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"chat_template_kwargs must be an object, it is a {type(given).__name__}", where=where)
+    arguments = dict(given)
     if arrow:
         arguments = without_none(arguments)
     tools = row.get("tools")

@@ -212,6 +212,8 @@ def _ids(row: Row, side: str, style: tuple[str, str], where: str) -> list[int] |
     ids, mask = (row.get(name.format(side)) for name in style)
     if ids is None:
         return None
-    if isinstance(ids, str) or (mask is not None and len(mask) != len(ids)):
+    given = [values for values in (ids, mask) if values is not None]
+    lists = all(hasattr(values, "__len__") and not isinstance(values, (str, bytes, dict)) for values in given)
+    if not lists or (mask is not None and len(mask) != len(ids)):
         raise UserError(f"{style[0].format(side)} and its mask must be lists of integers of one length", where=where)
     return list(ids) if mask is None else [token for token, kept in zip(ids, mask, strict=True) if kept]

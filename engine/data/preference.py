@@ -206,6 +206,9 @@ class _Collector:
         self.report.rows_read += 1
         self.report.boundary_moved += any(one.boundary_moved for one in tokens.values())
         self.report.doubled_bos += any(one.doubled_bos for one in tokens.values())
+        self.report.spelled_rows += [row] * any(one.spelled for one in tokens.values())
+        self.report.spelled_replies += [row] * any(one.spelled_reply for one in tokens.values())
+        self.report.unanswered += [row] * any(one.unanswered for one in tokens.values())
         reasons = [side for side in parts.sides.values() if isinstance(side, str)]
         if self._task != "unpaired":
             if reasons:
@@ -255,6 +258,8 @@ class _Collector:
         """Why a sequence can't be used (or nothing), and what cutting leaves of it."""
         full, limit = len(tokens.ids), self._limits.whole
         self._note(name, full - prompt)
+        if tokens.missing:
+            return tokens.missing, _Sequence(tokens, prompt, 0, full)
         if self._task == "scored":
             long = limit is not None and full > limit
             return (f"longer than max_length {limit}" if long else ""), _Sequence(tokens, 0, 0, full)
@@ -262,6 +267,8 @@ class _Collector:
         kept = sequence.stop - sequence.start
         if full <= max(prompt, 1):
             return f"empty {name}", sequence
+        if kept <= sequence.prompt_left or kept == 1:
+            self.report.trained_dropped += full - max(prompt, 1)
         if kept <= sequence.prompt_left:
             return f"prompt fills max_length {limit}", sequence
         return (f"{name} cut to nothing" if kept == 1 else ""), sequence

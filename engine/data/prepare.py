@@ -13,6 +13,7 @@ import numpy as np
 from burnish.config.errors import UserError
 from burnish.data import cache
 from burnish.data.batch import Examples
+from burnish.data.completion import Templates
 from burnish.data.formats import check_same, detect, unused_columns
 from burnish.data.packing import pack
 from burnish.data.read import Row, Source, digest_rows, is_stream, open_source
@@ -20,7 +21,8 @@ from burnish.data.report import DataReport, name_rows
 from burnish.data.tokenize import RowTokenizer, TokenizeSettings, Tokens
 
 _BLOCK = 2048  # rows tokenized per call: enough to keep the tokenizer's threads busy
-FormattingFunc = Callable[[Row], str]
+_BATCH = 1000  # rows that a formatting function of lists gets at a time
+FormattingFunc = Callable[[Row], str] | Callable[[dict[str, list]], list[str]]
 
 
 def prepare(
@@ -34,6 +36,7 @@ def prepare(
     cache_dir: str | Path | None = None,
     formatting_func: FormattingFunc | None = None,
     vocab_size: int | None = None,
+    templates: Templates | None = None,
 ) -> tuple[Examples, DataReport]:
     """Tokenize a split, or map it from the cache where these rows went through this tokenizer and settings before.
 
@@ -42,6 +45,7 @@ def prepare(
     train       whether `packing` (else `eval_packing`) says how this split is packed
     cache_dir   default $BURNISH_CACHE, else $XDG_CACHE_HOME/burnish, else ~/.cache/burnish
     vocab_size  ids of already tokenized rows must lie below it
+    templates   tokens that come before what is trained on (see `completion.py`)
 
     Rows longer than max_length are cut (unless packing splits or wraps them) and rows that train on nothing are
     dropped; the report lists both. Raises UserError for unreadable, unrecognised or empty data, and where no row is
@@ -52,7 +56,7 @@ def prepare(
     opened = open_source(source, config_name=config_name, split=split)
     if formatting_func is not None:
         opened = formatted(opened, formatting_func, config)
-    settings = tokenize_settings(config, vocab_size)
+    settings = tokenize_settings(config, vocab_size, templates)
     limit = cut_length(config, train)
     mode = getattr(config, "truncation_mode", "keep_start")
 
@@ -98,12 +102,13 @@ def cached(
     return examples, report
 
 
-def tokenize_settings(config: Any, vocab_size: int | None) -> TokenizeSettings:
+def tokenize_settings(config: Any, vocab_size: int | None, templates: Templates | None = None) -> TokenizeSettings:
     return TokenizeSettings(
         text_field=config.dataset_text_field,
         completion_only=config.completion_only_loss,
         assistant_only=bool(config.assistant_only_loss),
         vocab_size=vocab_size,
+        templates=templates,
     )
 
 
@@ -135,21 +140,53 @@ def cut_length(config: Any, train: bool) -> int | None:
 
 
 def formatted(source: Source, formatting_func: FormattingFunc, config: Any) -> Source:
-    """The source with each row turned into text by the user's function."""
+    """The source with each row turned into text by the user's function: of one row, or of TRL's older form, which takes
+    a mapping of lists, one for each column, and returns a list of texts."""
     if config.completion_only_loss:
         raise UserError("completion_only_loss needs prompt and completion, and formatting_func makes one text of a row")
 
     def rows() -> Iterator[Row]:
-        for number, row in enumerate(source.rows()):
-            text = formatting_func(row)
-            if not isinstance(text, str):
+        number, batched = 0, None
+        for block in source.blocks(_BATCH):
+            if batched is None:
+                batched = _takes_lists(formatting_func, block[0])
+            texts = formatting_func(_columns(block)) if batched else map(formatting_func, block)  # type: ignore[arg-type]
+            if batched and len(texts) != len(block):  # type: ignore[arg-type]
                 raise UserError(
-                    f"formatting_func returned a {type(text).__name__}, it must return text for one row",
-                    where=f"{source.name} row {number}",
+                    f"formatting_func made {len(texts)} texts of {len(block)} rows",  # type: ignore[arg-type]
+                    where=f"{source.name} rows {number} to {number + len(block) - 1}",
+                    mend="Return one text for each row",
                 )
-            yield {config.dataset_text_field: text}
+            for text in texts:
+                if not isinstance(text, str):
+                    raise UserError(
+                        f"formatting_func returned a {type(text).__name__}, it must return text for one row",
+                        where=f"{source.name} row {number}",
+                    )
+                number += 1
+                yield {config.dataset_text_field: text}
 
     return Source(source.name, rows, lambda: digest_rows(rows()), arrow=False)
+
+
+def _columns(rows: list[Row]) -> dict[str, list]:
+    """Rows as a mapping of lists, one for each column of the first."""
+    return {name: [row.get(name) for row in rows] for name in rows[0]}
+
+
+def _takes_lists(formatting_func: Callable, row: Row) -> bool:
+    """Whether the function takes lists, told from what it does with one row and with a pair of them. A function of one
+    row returns text for it, even where it would swallow lists as well."""
+    try:
+        if isinstance(formatting_func(row), str):
+            return False
+    except Exception:  # lists may be what it is made for: then it works on a pair
+        pass
+    try:
+        pair = formatting_func(_columns([row, row]))
+    except Exception:
+        return False  # whatever is wrong comes up again, on the row itself
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
 def tokenized(
@@ -191,6 +228,9 @@ class Collector:
         report.rows_read += 1
         report.boundary_moved += tokens.boundary_moved
         report.doubled_bos += tokens.doubled_bos
+        report.spelled_rows += [row] * tokens.spelled
+        report.spelled_replies += [row] * tokens.spelled_reply
+        report.unanswered += [row] * tokens.unanswered
         ids, trained, stopped = tokens.ids, tokens.trained, tokens.stopped
         self._lengths.append(len(ids))
         before = int(np.count_nonzero(trained[1:]))
@@ -201,9 +241,10 @@ class Collector:
             stopped = stopped and self._mode == "keep_end"
         left = int(np.count_nonzero(trained[1:]))
         if left == 0:
-            reason = "no tokens" if not len(tokens.ids) else "no trained tokens"
+            reason = "no tokens" if not len(tokens.ids) else tokens.missing or "no trained tokens"
             if before:
                 reason = f"all trained tokens lie beyond max_length {self._limit}"
+                report.trained_dropped += before
             report.dropped.append((row, reason))
             return False
         if cut:

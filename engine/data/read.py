@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config.errors import UserError
+from burnish.data.completion import ConstantLengthDataset
 
 Row = dict[str, Any]
 _READABLE = "a .jsonl, .json, .csv or .parquet file, a folder saved by datasets, a hub id"
@@ -48,6 +49,8 @@ def blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 def is_stream(source: Any) -> bool:
     """Whether rows can only be iterated, as with `datasets.IterableDataset`: no length, no second look ahead of use."""
+    if isinstance(source, ConstantLengthDataset):
+        return source.infinite
     return not isinstance(source, str | Path) and hasattr(source, "__iter__") and not hasattr(source, "__len__")
 
 
@@ -60,6 +63,8 @@ def open_source(source: Any, *, config_name: str | None = None, split: str = "tr
         return _from_path(str(source), config_name, split)
     if type(source).__module__.partition(".")[0] == "datasets":
         return _from_dataset(_pick_split(source, split, "dataset"), "dataset")
+    if isinstance(source, ConstantLengthDataset) and not source.infinite:
+        source = [{name: ids.tolist() for name, ids in block.items()} for block in source]  # each pass shuffles anew
     if isinstance(source, dict) or is_stream(source) or not hasattr(source, "__getitem__"):
         raise UserError(
             f"cannot read rows from a {type(source).__name__}", mend=f"Give {_READABLE}, or a list of dicts"
@@ -120,6 +125,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"not JSON: {error.msg}, column {error.colno}", where=f"{path}:{number}") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
+                    raise UserError(f"can't be read as JSON: {error}", where=f"{path}:{number}") from None
                 if not isinstance(row, dict):
                     raise UserError("a row must be a JSON object", where=f"{path}:{number}")
                 yield row
@@ -137,6 +144,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"not JSON: {error.msg}, column {error.colno}", where=f"{path}:{error.lineno}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8: {error.reason}", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"can't be read as JSON: {error}", where=str(path)) from None
     if isinstance(whole, dict):
         whole = whole["data"] if isinstance(whole.get("data"), list) else [whole]
     if not isinstance(whole, list):
@@ -148,13 +157,18 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"this row's fields do not match the {len(reader.fieldnames or ())} columns of the header",
-                    where=f"{path}:{reader.line_num}",
-                )
-            yield row
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"this row's fields do not match the {len(reader.fieldnames or ())} columns of the header",
+                        where=f"{path}:{reader.line_num}",
+                    )
+                yield row
+        except UnicodeDecodeError as error:
+            raise UserError(f"not UTF-8: {error.reason}", where=str(path)) from None
+        except csv.Error as error:
+            raise UserError(f"not CSV: {error}", where=f"{path}:{reader.line_num}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -13,8 +13,12 @@ class DataReport:
 
     tokens, trained_tokens   what is left after cutting and dropping; a row's first token is never trained
     tokens_lost, trained_lost  what cutting to max_length took
+    trained_dropped          what cutting took of rows of which then nothing was left to train on
     stopped_rows             rows whose last token that is not white space is EOS or another special token, and trained
     quantiles                row lengths in tokens before cutting: p50, p90, p99, max
+    spelled_rows             rows of which a message (not a reply) or a tool spells a special token, which stays text
+    spelled_replies          rows of which a reply spells one, which is a token there
+    unanswered               conversations that don't end in a reply, or have two questions or replies in a row
     packs, fill              sequences made by packing, and the share of max_length that they use
 
     For preferences `rows` counts sequences, trained tokens are those of completions, and there is more:
@@ -36,6 +40,7 @@ class DataReport:
     cut_rows: list[int] = field(default_factory=list)
     tokens_lost: int = 0
     trained_lost: int = 0
+    trained_dropped: int = 0
     stopped_rows: int = 0
     boundary_moved: int = 0
     doubled_bos: int = 0
@@ -48,6 +53,9 @@ class DataReport:
     units: int = 0
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     equal_rows: list[int] = field(default_factory=list)
+    spelled_rows: list[int] = field(default_factory=list)
+    spelled_replies: list[int] = field(default_factory=list)
+    unanswered: list[int] = field(default_factory=list)
     desirable: int | None = None
     cut_to: str = ""
     from_cache: bool = False
@@ -101,6 +109,16 @@ class DataReport:
             facts.append(f"prompt tokens merge into the completion in {self.boundary_moved:,} rows: trained from there")
         if self.doubled_bos:
             facts.append(f"doubled BOS removed from {self.doubled_bos:,} rows")
+        if self.spelled_rows:
+            facts.append(
+                f"messages spell special tokens in {len(self.spelled_rows):,} rows: they stay text "
+                f"({name_rows(self.spelled_rows)})"
+            )
+        if self.spelled_replies:
+            facts.append(
+                f"replies spell special tokens in {len(self.spelled_replies):,} rows: they are tokens there "
+                f"({name_rows(self.spelled_replies)})"
+            )
         if self.unused_columns:
             facts.append(f"columns not used: {', '.join(self.unused_columns)}")
         if self.packs is not None and self.fill is not None and self.max_length is not None:

@@ -1,4 +1,6 @@
-"""Hold rows out of a training set for evaluation. What was made of one row (a pair) stays together."""
+"""Hold rows out of a training set for evaluation. What was made of one row (a pair) stays together, as do copies."""
+
+import hashlib
 
 import numpy as np
 
@@ -9,8 +11,9 @@ from burnish.data.batch import Examples
 def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Examples]:
     """(training rows, held-out rows): `size` rows, or below 1 that share of them, drawn by `seed`, in their old order.
 
-    Rows are those of the source: both sequences that a pair was made into go the same way. Raises UserError where
-    nothing would be left on one side.
+    Rows are those of the source: both sequences that a pair was made into go the same way. So do rows of the same
+    tokens, else a text would be judged by its copy; where such rows don't fit into `size`, the next ones are taken.
+    Raises UserError where nothing would be left on one side.
     """
     starts = np.diff(examples.rows, prepend=examples.rows[0] - 1) != 0  # an example of another row than the one before
     row = np.cumsum(starts) - 1  # [R]
@@ -22,9 +25,30 @@ def hold_out(examples: Examples, size: float, seed: int) -> tuple[Examples, Exam
             where="test_split_size",
             mend="Choose another size",
         )
+    copies = _copies(examples, np.append(np.flatnonzero(starts), len(examples)))
     held = np.zeros(total, dtype=bool)
-    held[np.random.default_rng(seed).permutation(total)[:count]] = True
+    left = count
+    for number in np.random.default_rng(seed).permutation(len(copies)).tolist():
+        if len(copies[number]) <= left:
+            held[copies[number]] = True
+            left -= len(copies[number])
+    if left == count:
+        raise UserError(
+            f"test_split_size {size:g}: every row has more copies than are to be held out, and copies stay together",
+            where="test_split_size",
+            mend="Take the copies out of the data or choose a larger size",
+        )
     return _picked(examples, np.flatnonzero(~held[row])), _picked(examples, np.flatnonzero(held[row]))
+
+
+def _copies(examples: Examples, edges: np.ndarray) -> list[list[int]]:
+    """Rows by what they say. Row r was made into the examples edges[r] to edges[r + 1]."""
+    found: dict[bytes, list[int]] = {}
+    for row, (first, last) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+        at, to = examples.offsets[first], examples.offsets[last]
+        digest = hashlib.blake2b(np.ascontiguousarray(examples.ids[at:to]).data, digest_size=16)
+        found.setdefault(digest.digest(), []).append(row)
+    return list(found.values())
 
 
 def _picked(examples: Examples, numbers: np.ndarray) -> Examples:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from burnish.config.errors import UserError
 from burnish.data.batch import Batch, Examples, collate
+from burnish.data.completion import Templates
 from burnish.data.packing import pack, whole_rows
 from burnish.data.prepare import (
     Collector,
@@ -26,6 +28,7 @@ from burnish.data.prepare import (
 )
 from burnish.data.read import Source
 from burnish.data.report import DataReport
+from burnish.data.share import Share, Window, share
 
 _WINDOW = 1000  # rows read ahead and packed together
 
@@ -35,6 +38,7 @@ class _Sequence:
     ids: np.ndarray
     trained: np.ndarray
     row: int
+    start: int  # in its row
 
 
 class StreamBatches:
@@ -50,13 +54,14 @@ class StreamBatches:
         train: bool = True,
         formatting_func: FormattingFunc | None = None,
         vocab_size: int | None = None,
+        templates: Templates | None = None,
     ):
         if train and not config.max_steps > 0:
             raise UserError("a stream has no known end", where="max_steps", mend="Set max_steps")
         self.report = DataReport()
         self._source, self._tokenizer, self._config, self._train = source, tokenizer, config, train
         self._formatting_func = formatting_func
-        self._settings = tokenize_settings(config, vocab_size)
+        self._settings = tokenize_settings(config, vocab_size, templates)
         self._limit = cut_length(config, train)
 
     def __len__(self) -> int:
@@ -67,11 +72,33 @@ class StreamBatches:
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The micro-batches, from number `skip` on. Skipped ones are read and tokenized, but not built."""
-        for number, sequences in enumerate(self._groups(epoch)):
-            if self._train and number == len(self):
-                return
-            if number >= skip:
-                yield _collate(sequences)
+        for sequences in self._numbered(epoch, skip):
+            yield _collate(sequences)
+
+    def shares(
+        self, epoch: int, skip: int, size: int, *, ranks: int, rank: int, cost: tuple[float, float]
+    ) -> Iterator[Share]:
+        """As `Batches.shares`, over `ranks` times as many micro-batches. Every rank reads them all.
+
+        No micro-batch has more tokens than the largest of its window: what follows isn't known.
+        """
+        groups = self._numbered(epoch, skip, ranks)
+        while window := list(islice(groups, size)):
+            sequences = [sequence for group in window for sequence in group]
+            units = Window(
+                lengths=np.array([[len(sequence.ids)] for sequence in sequences]),
+                names=np.array([(sequence.row, sequence.start) for sequence in sequences]),
+                home=np.repeat(np.arange(len(window)), [len(group) for group in window]),
+            )
+
+            def build(numbers: np.ndarray, sequences: list[_Sequence] = sequences) -> Batch:
+                return _collate([sequences[number] for number in numbers.tolist()])
+
+            yield share(units, units.largest, build, ranks=ranks, rank=rank, cost=cost)
+
+    def _numbered(self, epoch: int, skip: int, ranks: int = 1) -> Iterator[list[_Sequence]]:
+        """The sequences of the micro-batches of a run on `ranks` processes, from number `skip` on."""
+        return islice(self._groups(epoch), skip, len(self) * ranks if self._train else None)
 
     def _groups(self, epoch: int) -> Iterator[list[_Sequence]]:
         """The sequences of each micro-batch."""
@@ -143,7 +170,7 @@ class StreamBatches:
 def _sequence(examples: Examples, example: int, start: int, stop: int) -> _Sequence:
     begin = examples.offsets[example]
     span = slice(begin + start, begin + stop)
-    return _Sequence(examples.ids[span], examples.trained[span], int(examples.rows[example]))
+    return _Sequence(examples.ids[span], examples.trained[span], int(examples.rows[example]), start)
 
 
 def _collate(sequences: list[_Sequence]) -> Batch:

@@ -7,16 +7,21 @@ padding token that equals EOS changes nothing. Cutting to length, dropping and c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from burnish.config.errors import UserError
 from burnish.data.chat import ReplyFinder, has_marks, marked_spans, render, require_template, tokens_in_spans
+from burnish.data.completion import CompletionMasks, Templates
 from burnish.data.formats import Format, conversation, template_arguments
+from burnish.data.spelled import UNBREAKABLE, Spelled
 
+_SURROGATE = re.compile(r"\\ud[89a-f]")  # as repr writes one
 _WORD_CACHE = 200_000  # words whose pieces the tokenizer remembers; its default of 10,000 overflows within a few rows
 
 
@@ -29,16 +34,39 @@ class Tokens:
     boundary_moved: bool = False  # the prompt alone does not tokenize to the start of prompt + completion
     doubled_bos: bool = False
     stopped: bool = False  # the last token that is not white space is EOS or another special token, and trained
+    missing: str = ""  # why nothing of the row can be trained on
+    spelled: bool = False  # a message spells a special token, which stayed text
+    spelled_reply: bool = False  # a reply spells one, which is a token
+    unanswered: bool = False  # a conversation that doesn't end in a reply, or has two questions or replies in a row
 
 
 @dataclass
 class TokenizeSettings:
-    """completion_only None: only the completion is trained on iff the rows have one."""
+    """completion_only None: only the completion is trained on iff the rows have one. templates: what replies follow.
+
+    special, end: whether plain text gets what the tokenizer adds by itself (a BOS), and an EOS; a conversation has what
+    its template writes.
+    """
 
     text_field: str = "text"
     completion_only: bool | None = None
     assistant_only: bool = False
     vocab_size: int | None = None
+    templates: Templates | None = None
+    special: bool = True
+    end: bool = True
+
+
+@dataclass
+class _Chat:
+    """A conversation, what its template gets beside it, and the text that came out. mark: see `spelled.py`."""
+
+    messages: list[dict[str, Any]]
+    arguments: dict[str, Any]
+    text: str
+    where: str
+    mark: str
+    spelled_reply: bool
 
 
 class RowTokenizer:
@@ -63,9 +91,12 @@ class RowTokenizer:
                 mend="For conversations use assistant_only_loss" if self._chat else "",
             )
         self.stops = stop_tokens(tokenizer)
+        self._replies_after = CompletionMasks(settings.templates, tokenizer) if settings.templates else None
         self._spaces: dict[int, bool] = {}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if hasattr(backend, "encode_batch_fast") else None
+        self._spelled = Spelled(tokenizer, self._backend)
+        self._adds_bos = tokenizer.bos_token_id in self.encode([""], special=True)[0].tolist()
         if self._backend is not None and hasattr(self._backend.model, "_resize_cache"):
             self._backend.model._resize_cache(_WORD_CACHE)
 
@@ -82,13 +113,23 @@ class RowTokenizer:
             "prompt-completion messages": self._prompt_completion_messages,
             "input_ids": self._tokenized,
         }[self.format]
-        result = work(rows, where)
+        try:
+            result = work(rows, where)
+        except (TypeError, UnicodeError):
+            for row, place in zip(rows, where, strict=True):
+                if _SURROGATE.search(repr(row)):
+                    raise UserError("text with half of a surrogate pair is no Unicode text", where=place) from None
+            raise
         limit = self.settings.vocab_size
         for tokens, place in zip(result, where, strict=True):
             if len(tokens.ids) and (tokens.ids.min() < 0 or (limit is not None and tokens.ids.max() >= limit)):
                 bad = tokens.ids.max() if tokens.ids.min() >= 0 else tokens.ids.min()
                 size = "" if limit is None else f" of {limit}"
                 raise UserError(f"token id {int(bad)} is outside the vocabulary{size}", where=place)
+            if self._replies_after is not None:
+                flags, missing = self._replies_after.flags(tokens.ids, place)
+                tokens.missing = tokens.missing or missing
+                tokens.trained &= flags
         return result
 
     def stops_well(self, tokens: Tokens) -> bool:
@@ -117,15 +158,15 @@ class RowTokenizer:
         """Ids of plain text, and whether a BOS in the text was doubled by the tokenizer's own (then one is removed)."""
         bos = self.tokenizer.bos_token_id
         result, doubled = [], []
-        for ids in self.encode(texts, special=True):
-            twice = bos is not None and len(ids) > 1 and ids[0] == bos and ids[1] == bos
+        for ids in self.encode(texts, special=self.settings.special):
+            twice = self.settings.special and self._adds_bos and len(ids) > 1 and ids[0] == bos and ids[1] == bos
             result.append(ids[1:] if twice else ids)
             doubled.append(bool(twice))
         return result, doubled
 
     def _end(self, ids: np.ndarray) -> np.ndarray:
         eos = self.tokenizer.eos_token_id
-        return ids if len(ids) and ids[-1] == eos else np.append(ids, np.int32(eos))
+        return ids if not self.settings.end or (len(ids) and ids[-1] == eos) else np.append(ids, np.int32(eos))
 
     def _text(self, rows: Sequence[dict[str, Any]], where: list[str]) -> list[Tokens]:
         texts = [row[self.settings.text_field] for row in rows]
@@ -147,23 +188,25 @@ class RowTokenizer:
         return result
 
     def _prompt_completion_messages(self, rows: Sequence[dict[str, Any]], where: list[str]) -> list[Tokens]:
-        prompts, wholes = [], []
-        chats, arguments = [], []
+        chats, prompts = [], []
         for row, place in zip(rows, where, strict=True):
             prompt = conversation(row["prompt"], place, arrow=self._arrow)
-            chat = prompt + conversation(row["completion"], place, arrow=self._arrow)
-            extra = template_arguments(row, place, arrow=self._arrow)
-            prompts.append(render(self.tokenizer, prompt, extra, place, generation_prompt=True))
-            wholes.append(render(self.tokenizer, chat, extra, place))
+            chat = self._chat_of(row, prompt + conversation(row["completion"], place, arrow=self._arrow), place)
+            asked = chat.messages[: len(prompt)]
+            prompts.append(render(self.tokenizer, asked, chat.arguments, place, generation_prompt=True))
             chats.append(chat)
-            arguments.append(extra)
-        prompt_ids = self.encode(prompts, special=False)
-        whole_ids, flags = self._chat_tokens(chats, arguments, wholes, where)
-        result = []
-        for asked, whole, flag in zip(prompt_ids, whole_ids, flags, strict=True):
-            tokens = self._completion(asked, whole)
-            tokens.trained &= flag
-            result.append(tokens)
+        result = self._chat_tokens(chats)
+        asked_ids = self.encode(prompts, special=False)
+        for i, (tokens, chat) in enumerate(zip(result, chats, strict=True)):
+            if tokens.missing:
+                continue
+            prompt_ids = asked_ids[i]
+            if chat.mark:
+                encoding = self._spelled.encode(prompts[i], chat.mark, prompt_ids.tolist())
+                prompt_ids = np.array(encoding.ids if encoding is not None else [], dtype=np.int32)
+            found = self._completion(prompt_ids, tokens.ids)
+            tokens.trained &= found.trained
+            tokens.boundary_moved = found.boundary_moved
         return result
 
     def _completion(self, prompt: np.ndarray, whole: np.ndarray) -> Tokens:
@@ -177,37 +220,57 @@ class RowTokenizer:
         return Tokens(whole, trained, boundary_moved=start < len(prompt))
 
     def _messages(self, rows: Sequence[dict[str, Any]], where: list[str]) -> list[Tokens]:
-        chats, arguments, texts = [], [], []
+        chats = []
         for row, place in zip(rows, where, strict=True):
             messages = row["messages"] if row.get("messages") is not None else row["conversations"]
-            chats.append(conversation(messages, place, arrow=self._arrow))
-            arguments.append(template_arguments(row, place, arrow=self._arrow))
-            texts.append(render(self.tokenizer, chats[-1], arguments[-1], place))
-        return [Tokens(*pair) for pair in zip(*self._chat_tokens(chats, arguments, texts, where), strict=True)]
+            chats.append(self._chat_of(row, conversation(messages, place, arrow=self._arrow), place))
+        return self._chat_tokens(chats)
 
-    def _chat_tokens(
-        self, chats: list[list[dict]], arguments: list[dict], texts: list[str], where: list[str]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Ids of rendered conversations, and the flags of what the assistant wrote (all set without assistant_only).
-        The template writes its own BOS, so the tokenizer adds none."""
-        if not self.settings.assistant_only:
-            encoded = self.encode(texts, special=False)
-            return encoded, [np.ones(len(ids), dtype=bool) for ids in encoded]
-        if self._backend is None:
+    def _chat_of(self, row: dict[str, Any], messages: list[dict[str, Any]], where: str) -> _Chat:
+        """A conversation as the template gets and renders it; special tokens are broken where its texts spell any."""
+        arguments = template_arguments(row, where, arrow=self._arrow)
+        written = self._spelled.in_replies(messages)
+        messages, arguments, mark = self._spelled.broken(messages, arguments)
+        return _Chat(messages, arguments, render(self.tokenizer, messages, arguments, where), where, mark, written)
+
+    def _chat_tokens(self, chats: list[_Chat]) -> list[Tokens]:
+        """Tokens of rendered conversations, trained where the assistant wrote them (all of them without
+        assistant_only). The template writes its own BOS, so the tokenizer adds none."""
+        assistant, texts = self.settings.assistant_only, [chat.text for chat in chats]
+        encodings: list[Any] = [None] * len(chats)
+        if not assistant:
+            ids_of = self.encode(texts, special=False)
+        elif self._backend is None:
             raise UserError("assistant_only_loss needs a fast tokenizer (one with a tokenizer.json)")
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        ids_out, flags_out = [], []
-        for i, encoding in enumerate(self._backend.encode_batch(texts, add_special_tokens=False)):
-            if has_marks(self.tokenizer, arguments[i]):
-                spans = marked_spans(self.tokenizer, chats[i], arguments[i], texts[i])
-            else:
-                self._replies = self._replies or ReplyFinder(self.tokenizer)
-                spans = self._replies.spans(chats[i], arguments[i], texts[i], where[i])
-            flags = tokens_in_spans(encoding.offsets, spans)
-            ids_out.append(np.array(encoding.ids, dtype=np.int32))
-            flags_out.append(self._with_stops(ids_out[-1], flags))
-        return ids_out, flags_out
+        else:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            ids_of = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        result = []
+        for chat, ids, encoding in zip(chats, ids_of, encodings, strict=True):
+            if chat.mark:
+                encoding = self._spelled.encode(chat.text, chat.mark, ids.tolist())
+                if encoding is None:
+                    result.append(Tokens(ids, np.zeros(len(ids), dtype=bool), missing=UNBREAKABLE, spelled=True))
+                    continue
+                ids = np.array(encoding.ids, dtype=np.int32)
+            flags = self._written(chat, ids, encoding.offsets) if assistant else np.ones(len(ids), dtype=bool)
+            roles = [message["role"] for message in chat.messages]
+            twice = any(a == b and a in ("user", "assistant") for a, b in pairwise(roles))
+            tokens = Tokens(ids, flags, spelled=bool(chat.mark), spelled_reply=chat.spelled_reply)
+            tokens.unanswered = twice or roles[-1] != "assistant"
+            result.append(tokens)
+        return result
+
+    def _written(self, chat: _Chat, ids: np.ndarray, offsets: list[tuple[int, int]]) -> np.ndarray:
+        """Which tokens the assistant wrote.  [n] bool"""
+        if has_marks(self.tokenizer, chat.arguments):
+            spans = marked_spans(self.tokenizer, chat.messages, chat.arguments, chat.text)
+        else:
+            self._replies = self._replies or ReplyFinder(self.tokenizer)
+            spans = self._replies.spans(chat.messages, chat.arguments, chat.text, chat.where)
+        return self._with_stops(ids, tokens_in_spans(offsets, spans))
 
     def _with_stops(self, ids: np.ndarray, flags: np.ndarray) -> np.ndarray:
         """Also train the EOS right after a reply where the template's marks leave it out: untrained, it is never

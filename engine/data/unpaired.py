@@ -110,8 +110,3 @@ class Mismatches:
         """Tokens of the mismatched sequences of micro-batch `number`."""
         pieces = self.pieces(number)
         return int((pieces[:, :, 2] - pieces[:, :, 1]).sum())
-
-    def trained(self, number: int) -> int:
-        """Labels in them: their completion tokens, except a token that comes first in its sequence."""
-        lengths = np.diff(self.pieces(number)[:, :, 1:], axis=2)[:, :, 0]  # [n, 2]
-        return int((lengths[:, 1] - (lengths[:, 0] == 0)).sum())

@@ -10,6 +10,7 @@ from burnish.config.errors import UserError
 from burnish.data.batch import Batches, Examples
 from burnish.data.preference import prepare_unpaired
 from burnish.data.unpaired import rotated
+from burnish.objectives.sequences import rated_and_mismatched
 
 
 def store(sequences, **more):
@@ -111,8 +112,6 @@ def test_whole_pairs_once_an_epoch(changes, make_config):
                 assert len(batch.chosen) == config.per_device_train_batch_size or batch is made[-1]
             assert batch.rated is None and batch.completion is None and batch.reference is None
         assert sorted(seen) == list(range(13)) and len(made) == len(batches)
-        assert batches.trained_tokens(epoch).tolist() == [batch.num_valid for batch in made]
-        assert batches.tokens(epoch).tolist() == [len(batch.input_ids) for batch in made]
 
 
 def test_a_budget_takes_as_many_pairs_as_fit(make_config):
@@ -161,13 +160,15 @@ def test_prompts_of_chosen_sequences_with_labels(make_config):
             chosen = s in batch.chosen.tolist()
             assert labels == labels_of(ids, 0 if chosen else start)
             assert completion[cu[s] : cu[s + 1]] == [label != -100 for label in labels_of(ids, start)]
-    assert batches.trained_tokens(0).tolist() == [batch.num_valid for batch in batches.epoch(0)]
 
 
 def check_mismatched(examples, batch, limit=None, mode="keep_start"):
     """Every mismatched sequence is its row's prompt and the completion of a row with another; returns those rows."""
     count = len(batch.rated)
     assert batch.rated.tolist() == list(range(count)) and batch.mismatched.tolist() == list(range(count, 2 * count))
+    first = int(batch.cu_seqlens[count])  # where the mismatched ones begin, known without the device
+    assert batch.edge == (first, sum(place < first for place in batch.valid.tolist()))
+    assert all(type(number) is int for number in batch.edge)
     found, taken = sequences_of(batch), []
     for row, s in zip(batch.rated.tolist(), batch.mismatched.tolist(), strict=True):
         number = batch.examples[row]
@@ -200,8 +201,6 @@ def test_mismatched_completions(seed, size, make_config):
             if 2 * max(map(asked.count, asked)) <= len(here):  # then the micro-batch has partners for all
                 assert sorted(taken) == sorted(here)
             rows += here
-        assert batches.trained_tokens(epoch).tolist() == [batch.num_valid for batch in made]
-        assert batches.tokens(epoch).tolist() == [len(batch.input_ids) for batch in made]
     assert sorted(rows) == sorted([*range(26)] * 2)
 
 
@@ -231,8 +230,6 @@ def test_mismatched_sequences_are_cut_to_max_length(mode, limit, make_config):
     for batch in made:
         check_mismatched(examples, batch, limit, mode)
     assert sum(int((batch.cu_seqlens.diff()[len(batch.rated) :] == limit).sum()) for batch in made) > 5
-    assert batches.trained_tokens(0).tolist() == [batch.num_valid for batch in made]
-    assert batches.tokens(0).tolist() == [len(batch.input_ids) for batch in made]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -244,8 +241,6 @@ def test_the_budget_holds_with_mismatched_sequences(seed, make_config):
         made = list(batches.epoch(epoch))
         assert max(len(batch.input_ids) for batch in made) <= budget and len(made) == len(batches)
         assert all(len(batch.mismatched) == len(batch.rated) for batch in made)
-        assert batches.tokens(epoch).tolist() == [len(batch.input_ids) for batch in made]
-        assert batches.trained_tokens(epoch).tolist() == [batch.num_valid for batch in made]
     with pytest.raises(UserError, match="in one sequence and its mismatched one are more than max_tokens_per_batch"):
         Batches(examples, make_config(max_tokens_per_batch=budget - 1), mismatch=True)
 
@@ -354,3 +349,15 @@ def test_to_moves_the_fields_of_preferences(make_config):
         moved = batch.to("meta")
         assert all(getattr(moved, name).is_meta for name in (*own.split(), "reference", "input_ids"))
         assert (moved.rows, moved.examples) == (batch.rows, batch.examples)
+
+
+def test_the_halves_are_cut_without_asking_the_device(make_config):
+    batch = next(Batches(rated(5), make_config(), mismatch=True).epoch(0))
+    parts = rated_and_mismatched(batch)
+    meta = rated_and_mismatched(batch.to("meta"))  # a device that has no values to give
+    for part, bare in zip(parts, meta, strict=True):
+        assert (part.num_valid, part.rows, part.examples) == (bare.num_valid, bare.rows, bare.examples)
+        for name in ("input_ids", "position_ids", "cu_seqlens", "labels", "valid"):
+            assert getattr(part, name).shape == getattr(bare, name).shape and getattr(bare, name).is_meta
+        ids, labels = part.input_ids.tolist(), part.labels.tolist()
+        assert [labels[t] for t in part.valid.tolist()] == [ids[t + 1] for t in part.valid.tolist()]
