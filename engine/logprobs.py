@@ -3,10 +3,14 @@
 The backbone gives hidden states, the head gives log-probs of the trained positions only; logits never exist. Objectives
 get `Scores`; SFT's plain loss may ask for `nll` instead, the same head with its upstream gradient known in advance.
 
+Where the parameters are divided among processes all of it runs inside the model's root, where they are whole; where a
+row is, each process runs its slice and gets everyone's numbers (burnish.parallel).
+
 Shapes: T tokens of the packed row, N of them trained (batch.num_valid), H hidden.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +18,10 @@ from torch import Tensor, nn
 from burnish.data.batch import Batch
 from burnish.kernels import linear_cross_entropy, linear_logprob
 from burnish.model.attention import packed_arguments
-from burnish.model.head import Head, backbone
+from burnish.model.head import Head, backbone, read_head
+from burnish.parallel.sequence import Slice, cut, joined, summed
+from burnish.parallel.shards import inside, sharded
+from burnish.parallel.world import world
 
 
 @dataclass
@@ -27,17 +34,33 @@ class Scores:
     sharp: Tensor | None = None  # [T] float32; log p(labels[t]) at temperature 1/2, no gradient, where asked for
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states of the packed row, [T, H] in the model's dtype."""
+def hidden_states(model: nn.Module, batch: Batch | Slice) -> Tensor:
+    """Last hidden states of the packed row (or of this process's slice of it), [T, H] in the model's dtype."""
+    if isinstance(batch, Batch) and batch.inputs is not None:  # padded rows, of which the real tokens count
+        assert batch.place is not None
+        padded = backbone(model)(**batch.inputs, use_cache=False).last_hidden_state  # [B, L, H]
+        return padded.flatten(0, 1).index_select(0, batch.place)
     packed = packed_arguments(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
     return backbone(model)(**packed).last_hidden_state[0]
 
 
-def _trained(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _trained(hidden: Tensor, batch: Batch | Slice) -> tuple[Tensor, Tensor]:
     """Hidden states and labels of the trained positions: [N, H], [N]."""
-    if batch.num_valid == hidden.shape[0]:
+    if len(batch.valid) == hidden.shape[0]:
         return hidden, batch.labels
     return hidden.index_select(0, batch.valid), batch.labels[batch.valid]
+
+
+def _spread(values: Tensor, batch: Batch, part: Batch | Slice) -> Tensor:
+    """Values [N] of the trained positions of `part` (the batch, or a slice of it) as float32 over the row, [T]."""
+    full = torch.zeros(part.labels.shape[0], dtype=torch.float32, device=values.device)
+    full = full.index_copy(0, part.valid, values.float())
+    return joined(full, part) if isinstance(part, Slice) else full
+
+
+def _picked(values: Tensor, batch: Batch, part: Batch | Slice) -> Tensor:
+    """Values [N] of the trained positions of the whole batch, from those of `part`; no gradient."""
+    return _spread(values, batch, part)[batch.valid].to(values.dtype) if isinstance(part, Slice) else values
 
 
 def token_scores(model: nn.Module, head: Head, batch: Batch, *, sharp: bool = False) -> Scores:
@@ -49,22 +72,35 @@ def token_scores(model: nn.Module, head: Head, batch: Batch, *, sharp: bool = Fa
     sharp   also the log-probs at temperature 1/2, for one more pass over the head without gradients: with them
             log sum_v p_v^2 = 2 log p - log p_sharp, for every token's label
     """
-    hidden, labels = _trained(hidden_states(model, batch), batch)
+    return inside(model, partial(_token_scores, model, head, batch, sharp))
+
+
+def _token_scores(model: nn.Module, head: Head, batch: Batch, sharp: bool) -> Scores:
+    head = read_head(model) if sharded(model) else head
+    part = cut(batch) if world().sequence > 1 else batch
+    hidden, labels = _trained(hidden_states(model, part), part)
     logps, entropy, best = linear_logprob(
         hidden, head.weight, labels, all_valid=True, return_entropy=True, return_argmax=True, **head.options()
     )
-    full = torch.zeros(batch.labels.shape[0], dtype=torch.float32, device=hidden.device)  # [T]
-    scores = Scores(full.index_copy(0, batch.valid, logps), entropy.detach(), best == labels)
+    scores = Scores(
+        _spread(logps, batch, part), _picked(entropy.detach(), batch, part), _picked(best == labels, batch, part)
+    )
     if sharp:
         with torch.no_grad():
             values = linear_logprob(hidden, head.weight, labels, all_valid=True, temperature=0.5, **head.options())
-        scores.sharp = full.index_copy(0, batch.valid, values)
+        scores.sharp = _spread(values, batch, part)
     return scores
 
 
 def token_nll(model: nn.Module, head: Head, batch: Batch) -> tuple[Tensor, Scores]:
     """Sum of -log p over the trained tokens, with gradients made in the forward pass; and the scores, all detached."""
-    hidden, labels = _trained(hidden_states(model, batch), batch)
+    return inside(model, partial(_token_nll, model, head, batch))
+
+
+def _token_nll(model: nn.Module, head: Head, batch: Batch) -> tuple[Tensor, Scores]:
+    head = read_head(model) if sharded(model) else head
+    part = cut(batch) if world().sequence > 1 else batch
+    hidden, labels = _trained(hidden_states(model, part), part)
     loss, logps, entropy, best = linear_cross_entropy(
         hidden,
         head.weight,
@@ -76,8 +112,8 @@ def token_nll(model: nn.Module, head: Head, batch: Batch) -> tuple[Tensor, Score
         return_argmax=True,
         **head.options(),
     )
-    full = torch.zeros(batch.labels.shape[0], dtype=torch.float32, device=hidden.device)  # [T]
-    return loss, Scores(full.index_copy(0, batch.valid, logps), entropy, best == labels)
+    scores = Scores(_spread(logps, batch, part), _picked(entropy, batch, part), _picked(best == labels, batch, part))
+    return summed(loss) if isinstance(part, Slice) else loss, scores
 
 
 def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ reference has log-ratios of exactly 0.
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -26,6 +27,8 @@ from burnish.data.cache import default_dir
 from burnish.logprobs import token_scores
 from burnish.model.head import evaluating, read_head
 from burnish.objectives.sequences import completion_sums, rated_and_mismatched
+from burnish.parallel.shards import local, rest, whole
+from burnish.parallel.world import any_of, total, world
 
 _VERSION = 1  # of the sums on disk
 
@@ -58,9 +61,11 @@ class Reference:
 
     def mix_in(self, policy: nn.Module, share: float) -> None:
         """Move towards the policy: (1 - share) * reference + share * policy (TR-DPO, arXiv 2404.09656)."""
+        for network in (self.model, policy):
+            rest(network)
         with torch.no_grad():
             for own, new in zip(self.model.parameters(), policy.parameters(), strict=True):
-                own.lerp_(new.to(own.dtype), share)
+                local(own).lerp_(local(new).to(own.dtype), share)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights that the reference computes with."""
@@ -68,6 +73,7 @@ class Reference:
         with self._standing_in():
             for name, value in sorted(self.model.state_dict().items()):
                 digest.update(name.encode())
+                value = whole(value)
                 digest.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
@@ -151,21 +157,32 @@ def cache_sums(reference: Reference, batches: Batches, config: Any, cache_dir: P
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     path = (cache_dir or default_dir()) / "reference" / f"{key}.npy"
     shape = (len(batches.examples), 1 + batches.mismatch)
-    if path.is_file():
-        stored = np.load(path, allow_pickle=False)
-        if stored.shape == shape and np.isfinite(stored).any():
-            batches.reference = stored
-            return f"log-probs of {shape[0]:,} sequences from {path}"
-    sums = np.full(shape, np.nan, dtype=np.float32)
-    device = parameter.device
-    for batch in _pass_over(batches, config):
+    stored = np.load(path, allow_pickle=False) if path.is_file() else np.empty(0)
+    if not any_of(stored.shape != shape or not np.isfinite(stored).any()):
+        batches.reference = stored
+        return f"log-probs of {shape[0]:,} sequences from {path}"
+    batches.reference = _computed(reference, batches, config, shape)
+    _write(path, batches.reference)
+    return f"log-probs of {shape[0]:,} sequences computed, kept in {path}"
+
+
+def _computed(reference: Reference, batches: Batches, config: Any, shape: tuple[int, int]) -> np.ndarray:
+    """The sums [R, 1 or 2], NaN where there is none. Several processes take turns at the batches, each forward of one
+    beside those of the others (where there is none left, of its last batch again)."""
+    own, sums, known = world(), np.zeros(shape), np.zeros(shape)
+    device = next(reference.model.parameters()).device
+    turns = iter(_pass_over(batches, config))
+    while window := list(itertools.islice(turns, own.shares)):
+        batch = window[min(own.share, len(window) - 1)]
         values = reference(batch.to(device)).cpu().numpy()
+        if own.share >= len(window):
+            continue
         numbers = np.asarray(batch.examples)
         real = len(batch.rated) if batch.mismatched is not None and batch.rated is not None else len(numbers)
-        sums[numbers, np.arange(len(numbers)) // max(real, 1)] = values
-    batches.reference = sums
-    _write(path, sums)
-    return f"log-probs of {shape[0]:,} sequences computed, kept in {path}"
+        place = numbers, np.arange(len(numbers)) // max(real, 1)
+        sums[place], known[place] = values, 1.0
+    sums, known = (total(torch.from_numpy(part)).numpy() for part in (sums, known))
+    return np.where(known > 0, sums / np.maximum(known, 1.0), np.nan).astype(np.float32)
 
 
 def _pass_over(batches: Batches, config: Any) -> Iterator[Batch]:

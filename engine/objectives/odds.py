@@ -28,6 +28,7 @@ from burnish.objectives.sequences import (
     score_metrics,
     smoothed_logistic,
 )
+from burnish.parallel.world import world
 
 
 def cpo_losses(chosen: Tensor, rejected: Tensor, config: CPOConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +112,7 @@ def objective(model: nn.Module, head: Head, config: CPOConfig | ORPOConfig, refe
     loss, wanted = (orpo, _labelled) if isinstance(config, ORPOConfig) else (cpo, completion)
 
     def window(batches: list[Batch]) -> Tensor | None:
-        return pairs_per_token(batches, wanted) if len(batches) > 1 else None
+        return pairs_per_token(batches, wanted) if len(batches) > 1 or world().shares > 1 else None
 
     def step(batch: Batch, per_token: Tensor | None) -> tuple[Tensor, Metrics]:
         scores = token_scores(model, head, batch)

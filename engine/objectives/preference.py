@@ -35,6 +35,7 @@ from burnish.objectives.sequences import (
     score_metrics,
     smoothed_logistic,
 )
+from burnish.parallel.world import gather, world
 
 Reference = Callable[[Batch], Tensor | None]
 
@@ -49,6 +50,10 @@ class Pairs(NamedTuple):
     chosen_tokens: Tensor  # int64
     rejected_tokens: Tensor  # int64
     chosen_nll: Tensor  # -sum over the chosen completion, ld_alpha or not
+
+    def none(self) -> "Pairs":
+        """As of a batch without pairs."""
+        return Pairs(*(field[:0] for field in self))
 
     @property
     def chosen_ratio(self) -> Tensor:
@@ -94,10 +99,12 @@ def share(pairs: Pairs, config: DPOConfig) -> Shared:
 
 
 def share_out(parts: list[Pairs], config: DPOConfig) -> list[Shared]:
-    """`Shared` for each part (micro-batch) of a window: made from all, cut to its own pairs."""
-    known = share(Pairs(*(torch.cat(fields) for fields in zip(*parts, strict=True))), config)
+    """`Shared` for each part (micro-batch) of a window: made from all, other processes' too, cut to its own pairs."""
+    gathered = [gather(torch.cat(fields)) for fields in zip(*parts, strict=True)]
+    known, first = share(Pairs(*(field for field, _ in gathered)), config), gathered[0][1]
     sizes = [len(part.chosen) for part in parts]
-    cut = [[field] * len(parts) if field is None or field.ndim == 0 else field.split(sizes) for field in known]
+    own = [field if field is None or field.ndim == 0 else field[first : first + sum(sizes)] for field in known]
+    cut = [[field] * len(parts) if field is None or field.ndim == 0 else field.split(sizes) for field in own]
     return [Shared(*fields) for fields in zip(*cut, strict=True)]
 
 
@@ -325,7 +332,7 @@ def objective(model: nn.Module, head: Head, config: DPOConfig, reference: Refere
             return reference(batch)
 
     def window(batches: list[Batch]) -> _Window | None:
-        if len(batches) == 1 or not (coupled or likelihood):
+        if (len(batches) == 1 and world().shares == 1) or not (coupled or likelihood):
             return None
         if not coupled:
             shared = Shared(pairs_per_token(batches))
@@ -336,7 +343,8 @@ def objective(model: nn.Module, head: Head, config: DPOConfig, reference: Refere
                 pairs_of(token_scores(model, head, batch).logps, batch, config, references[id(batch)])
                 for batch in batches
             ]
-        shares = share_out(parts, config)
+        counted = [part if batch.counted else part.none() for batch, part in zip(batches, parts, strict=True)]
+        shares = share_out(counted, config)
         return _Window({id(batch): known for batch, known in zip(batches, shares, strict=True)}, references)
 
     def step(batch: Batch, window: _Window | None) -> tuple[Tensor, Metrics]:

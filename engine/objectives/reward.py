@@ -1,5 +1,7 @@
 """Reward modelling: one score a sequence, and chosen above rejected (Bradley-Terry)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from burnish.logprobs import hidden_states
 from burnish.model.head import causal_lm
 from burnish.objectives import Metrics, Objective
 from burnish.objectives.sequences import num_pairs
+from burnish.parallel.sequence import cut, summed
+from burnish.parallel.shards import inside
+from burnish.parallel.world import world
 
 
 def reward_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None, config: RewardConfig) -> Tensor:
@@ -52,8 +57,18 @@ def score_layer(model: nn.Module) -> nn.Module:
 
 def sequence_scores(model: nn.Module, batch: Batch) -> Tensor:
     """The score at each sequence's last token, [S] float32."""
-    hidden = hidden_states(model, batch)[batch.cu_seqlens[1:].long() - 1]  # [S, H]
-    return score_layer(model)(hidden)[:, 0].float()
+    return inside(model, partial(_sequence_scores, model, batch))
+
+
+def _sequence_scores(model: nn.Module, batch: Batch) -> Tensor:
+    last = batch.cu_seqlens[1:].long() - 1  # [S]
+    if world().sequence == 1:
+        return score_layer(model)(hidden_states(model, batch)[last])[:, 0].float()
+    part = cut(batch)
+    hidden = hidden_states(model, part)  # [n, H], of this process's slice
+    here = (last >= part.start) & (last < part.start + len(hidden))
+    scores = score_layer(model)(hidden[(last - part.start).clamp(0, len(hidden) - 1)])[:, 0].float()
+    return summed(torch.where(here, scores, 0.0))
 
 
 def objective(model: nn.Module, head: None, config: RewardConfig, reference: None = None) -> Objective:

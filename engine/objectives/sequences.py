@@ -13,6 +13,7 @@ from torch import Tensor
 from burnish.data.batch import IGNORE, Batch
 from burnish.logprobs import Scores, sequence_sums
 from burnish.objectives import Metrics
+from burnish.parallel.world import total, total_count
 
 
 def completion(batch: Batch) -> Tensor:
@@ -33,18 +34,14 @@ def num_rated(batch: Batch) -> int:
 
 
 def rated_and_mismatched(batch: Batch) -> tuple[Batch, Batch]:
-    """The rated sequences of a batch, which come first, and its mismatched ones, as batches of their own.
-
-    Where one ends and the other begins is asked of the device.
-    """
-    assert batch.mismatched is not None, "KTO needs mismatched completions"
-    number = num_rated(batch)
-    assert batch.valid.is_cuda or int(batch.mismatched.min()) == number, "rated sequences come first"
-    edge = batch.cu_seqlens[number].long()
-    tokens, valid = torch.stack([edge, (batch.valid < edge).sum()]).tolist()
+    """The rated sequences of a batch, which come first, and its mismatched ones, as batches of their own."""
+    assert batch.mismatched is not None and batch.edge is not None, "KTO needs mismatched completions"
+    number, (tokens, valid) = num_rated(batch), batch.edge
+    assert number + len(batch.mismatched) == len(batch.rows), "rated sequences, then mismatched ones"
     rated = _part(batch, slice(0, number), slice(0, tokens), slice(0, valid))
     others = _part(batch, slice(number, None), slice(tokens, None), slice(valid, None))
     rated.mismatched = others.rated = others.desirable = None
+    rated.edge = others.edge = None
     others.mismatched = torch.arange(len(others.cu_seqlens) - 1, device=batch.valid.device)
     return rated, others
 
@@ -130,12 +127,13 @@ def power_reward(x: Tensor, alpha: float) -> Tensor:
 
 
 def pairs_per_token(batches: list[Batch], wanted=completion) -> Tensor:
-    """Pairs of a whole window over the `wanted` tokens of its chosen sequences, [] float64.
+    """Pairs of a whole window, of all processes, over the `wanted` tokens of its chosen sequences, [] float64.
 
     Times sums over such tokens [P] it gives what, divided by the pairs, is the token mean over the window.
     """
-    tokens = torch.stack([counts(wanted(batch), batch)[batch.chosen].sum() for batch in batches]).sum()
-    return sum(num_pairs(batch) for batch in batches) / tokens.clamp(min=1).double()
+    tokens = [counts(wanted(batch), batch)[batch.chosen].sum() * batch.counted for batch in batches]
+    pairs = total_count(sum(num_pairs(batch) for batch in batches if batch.counted))
+    return pairs / total(torch.stack(tokens).sum()).clamp(min=1).double()
 
 
 def token_share(values: Tensor, batch: Batch, sequences: Tensor) -> tuple[Tensor, Tensor]:

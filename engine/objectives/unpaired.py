@@ -19,6 +19,7 @@ from burnish.logprobs import token_scores
 from burnish.model.head import Head
 from burnish.objectives import Metrics, Objective
 from burnish.objectives.sequences import completion_sums, num_rated, rated_and_mismatched, token_share
+from burnish.parallel.world import total, total_count, world
 
 Reference = Callable[[Batch], Tensor | None]
 
@@ -42,23 +43,22 @@ def bco_losses(ratio: Tensor, desirable: Tensor, shift: Tensor | float, config: 
 
 
 def divergence(ratios: Tensor) -> Tensor:
-    """KTO's estimate from log-ratios of mismatched completions [M]: their mean, at least 0; 0 for none."""
-    return (ratios.detach().sum() / max(len(ratios), 1)).clamp(min=0)
+    """KTO's estimate from log-ratios of mismatched completions [M], and those of other processes: their mean, at least
+    0; 0 for none."""
+    return (total(ratios.detach().sum()) / max(total_count(len(ratios)), 1)).clamp(min=0)
 
 
 def rated_metrics(rewards: Tensor, logps: Tensor, desirable: Tensor) -> Metrics:
-    """TRL's metrics of rewards and log-probs [U] of the two kinds of completions; a batch may lack one of them."""
+    """TRL's metrics of rewards and log-probs [U] of the two kinds of completions; a batch may lack one of them.
+
+    The margin is of their means over all batches since the last log, so it is taken there (metrics.Accumulator).
+    """
     rewards, logps = rewards.detach(), logps.detach()
     metrics: Metrics = {}
-    means, there = [], []
     for name, of_kind in (("chosen", desirable), ("rejected", ~desirable)):
         number, total = of_kind.sum(), torch.where(of_kind, rewards, 0.0).sum()
         metrics[f"rewards/{name}"] = (total, number)
         metrics[f"logps/{name}"] = (torch.where(of_kind, logps, 0.0).sum(), number)
-        means.append(total / number.clamp(min=1))
-        there.append(number > 0)
-    both = (there[0] & there[1]).float()
-    metrics["rewards/margins"] = (both * (means[0] - means[1]), both)
     return metrics
 
 
@@ -109,13 +109,15 @@ def objective(
         """By the batch's identity."""
         if kto:
             parts = [rated_and_mismatched(batch) for batch in batches]
-            level = divergence(torch.cat([forward(other, refer(other)) for _, other in parts]))
+            found = [forward(other, refer(other)) for _, other in parts]
+            level = divergence(torch.cat([x if b.counted else x[:0] for x, b in zip(found, batches, strict=True)]))
             return {id(b): _Share(level, rated, refer(rated)) for b, (rated, _) in zip(batches, parts, strict=True)}
-        if not bco or len(batches) == 1:
+        if not bco or (len(batches) == 1 and world().shares == 1):
             return None
         references = [refer(batch) for batch in batches]
         rewards = [forward(b, ref)[b.rated] for b, ref in zip(batches, references, strict=True)]
-        shift = _shift(state, config.beta * torch.cat(rewards))
+        counted = [x if b.counted else x[:0] for x, b in zip(rewards, batches, strict=True)]
+        shift = _shift(state, config.beta * torch.cat(counted))
         return {id(b): _Share(shift, b, ref) for b, ref in zip(batches, references, strict=True)}
 
     def step(batch: Batch, window: dict[int, _Share] | None) -> tuple[Tensor, Metrics]:
@@ -139,10 +141,10 @@ def objective(
 
 
 def _shift(state: dict[str, Tensor], rewards: Tensor) -> Tensor:
-    """Mean of all rewards so far, [] in their dtype; in training `rewards` [U] are added to it first."""
+    """Mean of all rewards so far, [] in their dtype; in training `rewards` [U] of all processes are added first."""
     seen = state["rewards"].to(rewards.device)
     if torch.is_grad_enabled():
         added = rewards.double()
-        seen = seen + torch.stack([added.sum(), added.new_tensor(float(len(added)))])
+        seen = seen + total(torch.stack([added.sum(), added.new_tensor(float(len(added)))]))
         state["rewards"] = seen
     return (seen[0] / seen[1].clamp(min=1)).to(rewards.dtype)

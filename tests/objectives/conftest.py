@@ -30,8 +30,10 @@ class ToyBatch:
     rated: Tensor | None = None
     desirable: Tensor | None = None
     mismatched: Tensor | None = None
+    edge: tuple[int, int] | None = None
     completion: Tensor | None = None
     reference: Tensor | None = None
+    counted: bool = True
 
 
 def pack(sequences: list[tuple[list[int], int, int]], **fields) -> ToyBatch:

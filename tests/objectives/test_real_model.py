@@ -40,6 +40,8 @@ def batch_of(rows: Examples, first: int, count: int):
     batch.chosen, batch.rejected = torch.arange(count), torch.arange(count, 2 * count)
     batch.rated, batch.mismatched = batch.chosen, batch.rejected
     batch.desirable = torch.arange(first, first + count) % 3 == 0
+    tokens = int(batch.cu_seqlens[count])
+    batch.edge = tokens, int((batch.valid < tokens).sum())
     return batch
 
 

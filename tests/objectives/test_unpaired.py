@@ -91,8 +91,10 @@ def batch_of(toy, rows, with_mismatched=True):
     if with_mismatched:
         sequences += [(prompt + other, len(prompt), len(prompt)) for prompt, _, _, other in rows]
     n = len(rows)
+    edge = sum(len(prompt) + len(completion) for prompt, completion, _, _ in rows)
     return toy.pack(
         sequences,
+        edge=(edge, sum(len(completion) for _, completion, _, _ in rows)) if with_mismatched else None,
         rated=torch.arange(n),
         desirable=torch.tensor([row[2] for row in rows]),
         mismatched=torch.arange(n, 2 * n) if with_mismatched else None,
