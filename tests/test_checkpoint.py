@@ -90,10 +90,27 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path):
         def save_pretrained(self, folder):
             raise OSError("No space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"checkpoint-2: can't be written \(No space.*goes on from checkpoint-1"):
         disk.save_checkpoint(tmp_path, 2, Full(3, 2), None, ({}, {}), {})
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "what was written of it is gone"
     assert disk.find_checkpoint(tmp_path, True)[0].name == "checkpoint-1"
     assert [p.name for p in disk.checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+def test_a_refusal_is_told_whichever_library_met_it_and_no_other_error_is_hidden(tmp_path):
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    full = OSError(28, "No space left on device")
+    for error in (
+        full,
+        Exception("No space left on device (os error 28)"),  # as tokenizers has it
+        CheckpointException("save", {1: (full, None)}),  # as torch has it, of checkpoints in parts
+    ):
+        with pytest.raises(UserError, match=r"here: can't be written \(No space left"), disk.writing("here"):
+            raise error
+    for other in (ValueError("a mistake of ours"), CheckpointException("save", {0: (KeyError("x"), None)})):
+        with pytest.raises(type(other)), disk.writing("here"):
+            raise other
 
 
 @pytest.mark.parametrize(

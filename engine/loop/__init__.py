@@ -7,36 +7,43 @@ back outside the log gate. `TrainState` is what a checkpoint must hold to go on 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from burnish.config.fields import in_steps
-from burnish.data.batch import Batch, Batches
-from burnish.data.stream import StreamBatches
-from burnish.loop.gate import Gate, refuse_non_finite
+from burnish.data.batch import Batch
+from burnish.data.share import Share
+from burnish.data.vision import AnyBatches
+from burnish.loop.gate import Gate
 from burnish.loop.state import Control, Hooks, Stopped, TrainState
-from burnish.metrics import Log, memory_gib, step_line
+from burnish.metrics import Log, cost_of, memory_gib, nothing, step_line
 from burnish.objectives import Objective
 from burnish.optim.updater import Updater
+from burnish.parallel.shards import sync_gradients
+from burnish.parallel.world import total, total_count, world
+
+Result = TypeVar("Result")
 
 
-def steps_per_epoch(batches: Batches | StreamBatches, config) -> int:
-    return math.ceil(len(batches) / config.gradient_accumulation_steps)
+def window_size(config) -> int:
+    """Micro-batches of an update, of all processes together."""
+    return config.gradient_accumulation_steps * world().shares
 
 
-def total_steps(batches: Batches | StreamBatches, config) -> int:
-    """Updates of the whole run: max_steps, or num_train_epochs passes."""
+def total_steps(batches: AnyBatches, config, window: int | None = None) -> int:
+    """Updates of the whole run: max_steps, or num_train_epochs passes in windows of `window` (window_size)."""
     if config.max_steps > 0:
         return config.max_steps
-    return max(1, math.ceil(config.num_train_epochs * steps_per_epoch(batches, config)))
+    return max(1, math.ceil(config.num_train_epochs * math.ceil(len(batches) / (window or window_size(config)))))
 
 
 def fit(
     model: nn.Module,
-    batches: Batches | StreamBatches,
+    batches: AnyBatches,
     objective: Objective,
     updater: Updater,
     config,
@@ -48,50 +55,52 @@ def fit(
 ) -> None:
     """Train `model` from `state` to state.max_steps updates.
 
-    `state` is moved along; `control` is what callbacks set. Raises NonFinite when a logged loss or gradient norm is not
-    finite (on the CPU every step is looked at, on CUDA the log gate's).
+    `state` is moved along; `control` is what callbacks set. Raises NonFinite when a loss or gradient norm is not
+    finite: on the CPU at once, on CUDA at the next log, evaluation or checkpoint. The updater has applied neither that
+    step nor one after it.
     """
     device = next(model.parameters()).device
-    size = config.gradient_accumulation_steps
+    state.window = state.window or window_size(config)
     per_epoch = len(batches)
     model.train()
     rehearsed = _rehearse(objective, updater, device, hooks)
-    gate = Gate(model, config, state)
+    gate = Gate(model, config, state, hooks.broken)
     hooks = _settling(hooks, gate)
     began, first = time.perf_counter(), state.global_step
     hooks.notify("on_train_begin")
     if state.evaluation_owed:
         _pay(state, control, config, hooks)
     while state.global_step < state.max_steps and not control.should_training_stop:
-        windows = _windows(batches, state, size)
+        windows = _begin_epoch(batches, state, control, hooks, cost_of(model))
         while True:
             waiting = time.perf_counter()
             window = next(windows, None)
             if window is None:
                 break
             gate.waited += time.perf_counter() - waiting
+            hooks.notify("on_step_begin")
             with hooks.window():
-                loss = _train_window(window, objective, device, gate)
+                loss = train_window(model, window, objective, device, gate)
             if not rehearsed and state.global_step == first and device.type == "cuda":
                 hooks.measured(memory_gib())
-            norm = updater.step()
+            norm = updater.step(loss)
+            gate.step(loss, norm, _again(batches, state, cost_of(model)))
             _advance(state, window, per_epoch)
-            gate.losses.append(loss)
             if device.type == "cpu":
-                refuse_non_finite(loss, norm, state, window)
+                gate.look()
+            due = _ask(state, control, config)
             hooks.notify("on_step_end")
-            rate = (time.perf_counter() - began) / (state.global_step - first)
-            _after_step(state, control, config, hooks, log, gate, loss, norm, updater, rate, window)
+            rate = (time.perf_counter() - began - gate.away) / (state.global_step - first)
+            _after_step(state, control, config, hooks, log, gate, updater, rate, due)
             if state.global_step >= state.max_steps or control.should_training_stop or control.should_epoch_stop:
                 break
         ended = window is None or state.micro_batch >= per_epoch or control.should_epoch_stop
-        control.should_epoch_stop = False
         if control.interrupted:
             break
         if ended:
             state.epoch_index, state.micro_batch = state.epoch_index + 1, 0
         _after_epoch(state, control, config, hooks)
-    hooks.notify("on_train_end")
+    gate.look()
 
 
 def _every(interval: float, state: TrainState) -> bool:
@@ -99,33 +108,43 @@ def _every(interval: float, state: TrainState) -> bool:
     return state.global_step % max(1, in_steps(interval, state.max_steps)) == 0
 
 
-def _windows(batches: Batches | StreamBatches, state: TrainState, size: int) -> Iterator[list[Batch]]:
-    """The rest of the current epoch in windows of `size` micro-batches (the last may hold fewer)."""
-    window: list[Batch] = []
-    for batch in batches.epoch(state.epoch_index, skip=state.micro_batch):
-        window.append(batch)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
+def _begin_epoch(
+    batches: AnyBatches, state: TrainState, control: Control, hooks: Hooks, cost: tuple[float, float]
+) -> Iterator[Share]:
+    control.should_epoch_stop = False
+    hooks.notify("on_epoch_begin")
+    return _windows(batches, state, cost)
 
 
-def _train_window(window: list[Batch], objective: Objective, device, gate: Gate) -> Tensor:
-    """Forward and backward of one window; returns its loss (already divided by the window's count)."""
-    count = max(1, sum(objective.count(batch) for batch in window))  # a window may train on nothing
-    total = torch.zeros((), dtype=torch.float32, device=device)
-    for batch in window:
-        gate.count(batch)
-    placed = [batch.to(device) for batch in window]
+def _windows(batches: AnyBatches, state: TrainState, cost: tuple[float, float]) -> Iterator[Share]:
+    """This process's part of the rest of the current epoch, window by window."""
+    own = world()
+    return batches.shares(
+        state.epoch_index, state.micro_batch, state.window, ranks=own.shares, rank=own.share, cost=cost
+    )
+
+
+def _again(batches: AnyBatches, state: TrainState, cost: tuple[float, float]) -> Callable[[], list[Batch]]:
+    """How to get the micro-batches of the coming update once more: where they begin, not the tokens themselves."""
+    at = replace(state, log_history=[])
+    return lambda: next(_windows(batches, at, cost)).batches
+
+
+def train_window(model: nn.Module, window: Share, objective: Objective, device, gate: Gate) -> Tensor:
+    """Forward and backward of one window; returns its loss, of all processes (already divided by the whole count)."""
+    count = total_count(sum(objective.count(batch) for batch in window.batches if batch.counted))
+    loss_here = torch.zeros((), dtype=torch.float32, device=device)
+    gate.count(window)
+    placed = [batch.to(device) for batch in window.batches]
     shared = objective.window(placed)
-    for batch in placed:
+    for number, batch in enumerate(placed, 1):
         loss_sum, metrics = objective.step(batch, shared)
-        loss = loss_sum / count
+        loss = loss_sum / max(1, count) if batch.counted else loss_sum * 0.0  # a window may train on nothing
+        sync_gradients(model, number == len(placed))
         loss.backward()
-        total += loss.detach()
-        gate.accumulator.add(metrics)
-    return total
+        loss_here += loss.detach()
+        gate.accumulator.add(metrics if batch.counted else nothing(metrics))
+    return total(loss_here)
 
 
 def _rehearse(objective: Objective, updater: Updater, device, hooks: Hooks) -> bool:
@@ -149,53 +168,73 @@ def _rehearse(objective: Objective, updater: Updater, device, hooks: Hooks) -> b
 
 
 def _settling(hooks: Hooks, gate: Gate) -> Hooks:
-    """The hooks, with the gate settled before each checkpoint."""
-    save = hooks.save
-    if save is None:
-        return hooks
+    """The hooks, with the gate settled before each evaluation and checkpoint, and their time not counted as steps'.
 
-    def settled(metrics: dict[str, float] | None, asked: bool) -> None:
-        gate.settle()
-        save(metrics, asked)
+    A step that is no number must not push out a good checkpoint.
+    """
 
-    return replace(hooks, save=settled)
+    def settled(call: Callable[..., Result]) -> Callable[..., Result]:
+        def timed(*given) -> Result:
+            gate.look()
+            gate.settle()
+            began = time.perf_counter()
+            try:
+                return call(*given)
+            finally:
+                gate.elsewhere(time.perf_counter() - began)
+
+        return timed
+
+    return replace(
+        hooks,
+        evaluate=settled(hooks.evaluate) if hooks.evaluate else None,
+        save=settled(hooks.save) if hooks.save else None,
+    )
 
 
-def _advance(state: TrainState, window: list[Batch], per_epoch: int) -> None:
+def _advance(state: TrainState, window: Share, per_epoch: int) -> None:
     state.global_step += 1
-    state.micro_batch += len(window)
+    state.micro_batch += window.micro_batches
     state.epoch = state.epoch_index + state.micro_batch / per_epoch
-    state.num_tokens += sum(len(batch.input_ids) for batch in window)
+    state.num_tokens += window.tokens
 
 
-def _after_step(state, control, config, hooks, log, gate, loss, norm, updater, rate, window) -> None:
-    """The gates that follow an update: log, evaluate, save."""
+def _ask(state: TrainState, control: Control, config) -> bool:
+    """Ask for what the configuration wants done after this update, for callbacks to see and to take back. Returns
+    whether a checkpoint is among it."""
     step, last = state.global_step, state.global_step >= state.max_steps
     first = config.logging_first_step and step == 1
-    if _every(config.logging_steps, state) or first or control.should_log or last:
+    control.should_log |= _every(config.logging_steps, state) or first or last
+    control.should_evaluate |= config.eval_strategy == "steps" and _every(
+        config.eval_steps or config.logging_steps, state
+    )
+    due = config.save_strategy == "steps" and (_every(config.save_steps, state) or last)
+    control.should_save |= due
+    return due
+
+
+def _after_step(state, control, config, hooks, log, gate, updater, rate, due) -> None:
+    """The gates that follow an update: log, evaluate, save. `due`: the configuration wants a checkpoint here."""
+    step, last = state.global_step, state.global_step >= state.max_steps
+    if control.should_log:
         control.should_log = False
-        refuse_non_finite(gate.losses[-1], norm, state, window)
-        record = gate.record(norm, updater.learning_rate)
+        record = gate.record(updater.learning_rate)
         state.log_history.append(record)
         log.write(record)
         log.say("step", step_line(step, state.max_steps, record, rate * (state.max_steps - step)))
-        hooks.notify("on_log", logs=record)
+        hooks.notify("on_log", logs=dict(record))
     metrics, saved = None, False
-    interval = config.eval_steps or config.logging_steps
-    due = config.eval_strategy == "steps" and (_every(interval, state))
-    if hooks.evaluate and (due or control.should_evaluate):
+    if control.should_evaluate:
         control.should_evaluate = False
-        metrics = _evaluated(state, hooks)
-    due = config.save_strategy == "steps" and (_every(config.save_steps, state) or last)
-    asked = hooks.saving() or control.should_save
-    if hooks.save and (due or asked):
-        refuse_non_finite(loss, norm, state, window)  # a broken model must not push out a good checkpoint
-    if hooks.save and (due or asked or (config.save_strategy == "best" and metrics)):
-        control.should_save = False
+        metrics = _evaluated(state, hooks) if hooks.evaluate else None
+    wanted = control.should_save
+    control.should_save = False
+    asked = hooks.saving() or (wanted and not due)
+    if hooks.save and (wanted or asked or (config.save_strategy == "best" and metrics)):
         hooks.save(metrics, asked)
         saved = asked
     if not last and hooks.stopping():
-        refuse_non_finite(loss, norm, state, window)
+        gate.look()
         _stop(control, hooks, saved)
 
 
@@ -229,10 +268,14 @@ def _pay(state: TrainState, control: Control, config, hooks: Hooks) -> None:
 
 def _after_epoch(state: TrainState, control: Control, config, hooks: Hooks) -> None:
     """What `epoch` strategies ask for, at the end of an epoch and of the run."""
-    metrics = _evaluated(state, hooks) if config.eval_strategy == "epoch" and hooks.evaluate else None
+    control.should_evaluate |= config.eval_strategy == "epoch"
+    control.should_save |= config.save_strategy == "epoch"
+    hooks.notify("on_epoch_end")
+    metrics = _evaluated(state, hooks) if control.should_evaluate and hooks.evaluate else None
+    wanted, asked = control.should_save, control.should_save and config.save_strategy != "epoch"
+    control.should_evaluate = control.should_save = False
     if state.evaluation_owed:
         _stop(control, hooks)
         return
-    if hooks.save and (config.save_strategy == "epoch" or (config.save_strategy == "best" and metrics)):
-        hooks.save(metrics, False)
-    hooks.notify("on_epoch_end")
+    if hooks.save and (wanted or (config.save_strategy == "best" and metrics)):
+        hooks.save(metrics, asked)

@@ -5,15 +5,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from burnish.data.batch import Batch
+from burnish.parallel.world import world
 
 
 @dataclass
 class TrainState:
-    """Where a run stands. Every field goes into a checkpoint's state.json."""
+    """Where a run stands. Every field goes into a checkpoint's state.json. The properties are what callbacks written
+    for transformers read beside the fields."""
 
     global_step: int = 0  # updates done
     epoch_index: int = 0  # the epoch whose micro-batches are being read
     micro_batch: int = 0  # micro-batches of it already trained on
+    window: int = 0  # micro-batches of an update, of all processes; set by the first
     epoch: float = 0.0
     num_tokens: int = 0  # tokens seen, trained or not
     max_steps: int = 0
@@ -22,6 +25,22 @@ class TrainState:
     best_model_checkpoint: str | None = None
     evaluation_owed: bool = False  # the run was stopped inside an evaluation
     log_history: list[dict] = field(default_factory=list)
+
+    @property
+    def is_world_process_zero(self) -> bool:
+        return world().main
+
+    @property
+    def is_local_process_zero(self) -> bool:
+        return world().local_rank == 0
+
+    @property
+    def num_input_tokens_seen(self) -> int:
+        return self.num_tokens
+
+    @property
+    def is_hyper_param_search(self) -> bool:
+        return False
 
 
 @dataclass
@@ -49,6 +68,7 @@ class Hooks:
     window    () -> a context: the forwards and backwards of one step run inside it
     heaviest  () -> a micro-batch to run first, forward and backward without an update, or None
     measured  (GiB) -> None: the peak of memory after that, or on a GPU after the first window
+    broken    (step, its micro-batches) -> the file that keeps them, whose loss or gradient isn't a number, or ""
     """
 
     evaluate: Callable[[], dict[str, float]] | None = None
@@ -59,6 +79,7 @@ class Hooks:
     window: Callable[[], AbstractContextManager] = nullcontext
     heaviest: Callable[[], Batch | None] = lambda: None
     measured: Callable[[float], None] = lambda gib: None
+    broken: Callable[[int, list[Batch]], str] = lambda step, batches: ""
 
 
 class Stopped(Exception):

@@ -32,8 +32,9 @@ class InBackward:
     kernels  the configuration's choice of kernels: hooks may run in a thread that doesn't know it
 
     The arithmetic and the order of every parameter's steps are those of a step after backward, so the weights are the
-    same bit for bit. A gradient that isn't finite is not applied, nor is any after it, in this run: from then on zeros
-    take their place, and `norm` is NaN, at which the loop stops the run.
+    same bit for bit. A gradient that isn't finite is not applied, nor is any after it, in this run, and `norm` is NaN,
+    at which the loop stops the run. From then on the CPU steps nothing, nor does torch's fused AdamW, which a flag on
+    the device tells; other optimizers on CUDA get zeros in place of gradients, without waiting for the device.
     """
 
     def __init__(
@@ -57,9 +58,12 @@ class InBackward:
         assert stepped.grad is not None
         self._norms[stepped] = norm = gradient_norm(stepped.grad)
         self._broken |= ~norm.isfinite()
-        stepped.grad.masked_fill_(self._broken, 0)
-        with use(self._kernels):
-            step_alone(self._optimizer, self._groups[stepped], stepped)
+        if stepped.is_cuda or not self._broken:
+            stepped.grad.masked_fill_(self._broken, 0)
+            if self._groups[stepped].get("fused"):
+                self._optimizer.found_inf = self._broken.float()  # type: ignore[attr-defined]
+            with use(self._kernels):
+                step_alone(self._optimizer, self._groups[stepped], stepped)
         stepped.grad = None
         if stepped is not parameter:
             parameter.copy_(stepped)

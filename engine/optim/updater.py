@@ -63,30 +63,49 @@ class Updater:
     as soon as backward has made them, and the optimizer steps the twin. For `adamw_bf16` and `adamw_bf16_sr` gradients
     are added up in float32 where a window has several micro-batches, else they stay bfloat16.
 
+    across: how gradients and their norm are those of several processes (burnish.parallel: Replicas or Shards).
+
+    A step whose loss or gradient norm isn't finite is not applied, nor is any after it, and `step` returns NaN: with
+    `told`, torch's fused AdamW and burnish's bfloat16 ones leave parameters and moments as they are by a flag on the
+    device; otherwise the flag is read back before each update, which costs nothing on the CPU, and on CUDA a wait. With
+    optimizer_in_bwd see burnish.optim.in_backward: parameters before the bad one have been updated.
+
     `close` takes the hooks off the parameters again.
     """
 
-    def __init__(self, model: nn.Module, masters: dict, config, num_steps: int, optimizer=None, schedule=None):
+    def __init__(
+        self, model: nn.Module, masters: dict, config, num_steps: int, optimizer=None, schedule=None, *, across=None
+    ):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
-            raise UserError("no parameter is trainable", where="model", mend="Unfreeze some, or give peft_config")
+            mend = "Unfreeze some, or give peft_config"
+            if hasattr(model, "peft_config"):
+                mend = "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+            raise UserError("no parameter is trainable", where="model", mend=mend)
         self.parameters = [p for _, p in named]
         self.max_norm = config.max_grad_norm
         self._masters: dict[nn.Parameter, nn.Parameter] = {p: m for p, m in masters.items() if m.dtype == torch.float32}
         self._sums: dict[nn.Parameter, Tensor] = {}
-        self.updated = [self._masters.get(p, p) for p in self.parameters]  # what the optimizer steps
-        groups = parameter_groups([(n, self._masters.get(p, p)) for n, p in named], config.weight_decay)
+        self._across = across
+        stepped = {**self._masters, **(across.own(self.parameters) if across else {})}
+        self.updated = [stepped.get(p, p) for p in self.parameters]  # what the optimizer steps
+        groups = parameter_groups([(n, stepped.get(p, p)) for n, p in named], config.weight_decay)
         assert optimizer is None or not masters, "a caller's optimizer steps the parameters themselves"
         self._given = optimizer is not None
         self.optimizer = optimizer or build_optimizer(groups, config, masters)
         if optimizer is None and isinstance(self.optimizer, torch.optim.AdamW):
             _allocate_state(self.optimizer)
         self.schedule = schedule or build_schedule(self.optimizer, config, num_steps)
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        device = self.updated[0].device
+        fused = isinstance(self.optimizer, AdamWBF16) or (fused and isinstance(self.optimizer, torch.optim.AdamW))
+        self.told = device.type == "cuda" and fused
+        self._broken = torch.zeros((), dtype=torch.bool, device=device)
         self._inside = None
         if config.optimizer_in_bwd:
             assert config.gradient_accumulation_steps == 1 and not self.max_norm and optimizer is None
             self._inside = InBackward(self.optimizer, self.updated, self._masters, config.kernels)
-        several = config.gradient_accumulation_steps > 1
+        several = config.gradient_accumulation_steps > 1 or across is not None
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p, hook in self._hooks(several)]
 
     def _hooks(self, several: bool):
@@ -138,27 +157,48 @@ class Updater:
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
-    def step(self) -> Tensor:
+    def step(self, loss: Tensor | None = None) -> Tensor:
         """Clip, update, advance the schedule, drop the gradients. Returns the norm before clipping, on the device.
 
-        With optimizer_in_bwd backward has updated already, and only the norm and the schedule are left.
+        loss: whose gradients these are; it too must be finite. With optimizer_in_bwd backward has updated already, and
+        only the norm and the schedule are left.
         """
-        norm = self._inside.norm() if self._inside is not None else self._update()
-        self.schedule.step()
+        norm = self._inside.norm() if self._inside is not None else self._update(loss)
+        if self._inside is not None or self.told or not self._broken:
+            self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._sums.clear()
         return norm
 
-    def _update(self) -> Tensor:
+    def _stopped(self, norm: Tensor, loss: Tensor | None) -> bool:
+        """Whether this process knows that the update must not be made; an optimizer that is told leaves it out."""
+        sound = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+        self._broken |= ~sound
+        if self.told:
+            self.optimizer.found_inf = self._broken.float()  # type: ignore[attr-defined]  # as a GradScaler tells it
+            return False
+        return bool(self._broken)
+
+    def _update(self, loss: Tensor | None) -> Tensor:
+        if self._across:
+            self._across.add_up(self.updated, self._sums)
         limit = self.max_norm if self.max_norm and self.max_norm > 0 else math.inf
         grads = [g for p in self.updated if (g := self._sums.get(p, p.grad)) is not None]
         if any(g.dtype == torch.bfloat16 for g in grads):  # whose norm torch would round to three digits
             norm = torch.linalg.vector_norm(torch.stack([gradient_norm(g) for g in grads]))
         else:
             norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        if self._across:
+            norm = self._across.norm(norm)
+        stopped = self._stopped(norm, loss)
+        norm = norm.masked_fill(self._broken & norm.isfinite(), math.nan)
+        if stopped:
+            return norm
         if isinstance(self.optimizer, AdamWBF16):
             scale = (limit / (norm + 1e-6)).clamp(max=1.0) if math.isfinite(limit) else None  # as torch's clipping
+            if self.told:
+                scale = (torch.ones_like(norm) if scale is None else scale).masked_fill(self._broken, math.nan)
             self.optimizer.step(scale=scale, sums=self._sums)
-            self._sums.clear()
             return norm
         if math.isfinite(limit):
             torch.nn.utils.clip_grads_with_norm_(self.updated, limit, norm, foreach=True)

@@ -4,46 +4,43 @@
 """
 
 import dataclasses
-import json
 import math
-import shutil
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from burnish import checkpoint as disk
 from burnish.config.errors import UserError
 from burnish.config.load import dump
-from burnish.data.batch import Batch, Batches
-from burnish.data.stream import StreamBatches
+from burnish.data.batch import Batch
+from burnish.data.vision import AnyBatches
 from burnish.interrupt import Interrupt
 from burnish.kernels import use
-from burnish.loop import fit, total_steps
+from burnish.loop import fit, total_steps, window_size
 from burnish.loop.evaluation import evaluate
 from burnish.loop.state import Control, Hooks, TrainState
 from burnish.memory.forecast import Forecast
 from burnish.memory.layers import Installed
 from burnish.memory.settings import Memory
-from burnish.metrics import Log, clock
+from burnish.metrics import Log, clock, cost_of
+from burnish.model.neftune import noisy_embeddings
 from burnish.objectives import Objective
 from burnish.optim.updater import Updater
+from burnish.parallel.shards import rest, sharded, whole_state
+from burnish.parallel.world import any_of, barrier, world
 from burnish.reference import Reference
-from burnish.training.folder import goes_on, refuse_overwriting, trim_log
-
-# What a resumed run may be given otherwise: where things are, how long, how often, how much is logged and kept, and how
-# memory is saved: that changes no number (tiles: its last place), and a run that didn't fit must be able to go on.
-MAY_CHANGE = frozenset(
-    "output_dir overwrite_output_dir report_to model_name_or_path dataset_name eval_dataset_name dataset_config "
-    "dataset_train_split dataset_test_split max_steps num_train_epochs per_device_eval_batch_size eval_packing "
-    "logging_steps logging_first_step eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
-    "save_only_model load_best_model_at_end metric_for_best_model greater_is_better resume_from_checkpoint use_cpu "
-    "strict_patch trust_remote_code heaviest_batch_first gradient_checkpointing activation_offloading "
-    "checkpoint_segment keep_attention tile_tokens memory".split()
-)
+from burnish.training.best import follows, is_better, value_of
+from burnish.training.broken import keep_broken
+from burnish.training.callbacks import ANSWERED, agree, heard, tell
+from burnish.training.checkpoints import Saves
+from burnish.training.folder import clear, goes_on, refuse_overwriting, trim_log
+from burnish.training.publish import publish
 
 
 @dataclass
@@ -58,6 +55,11 @@ class RunResult:
     metrics: dict[str, float]
     interrupted: int | None = None
 
+    @property
+    def training_loss(self) -> float:
+        """The mean loss of the run's steps, under transformers' name; NaN for a run stopped early."""
+        return self.metrics.get("train_loss", math.nan)
+
 
 @dataclass
 class Run:
@@ -66,8 +68,8 @@ class Run:
     config: Any
     model: nn.Module
     tokenizer: Any
-    batches: Batches | StreamBatches | None
-    eval_batches: Batches | StreamBatches | None
+    batches: AnyBatches | None
+    eval_batches: AnyBatches | None
     objective: Objective
     reference: Reference | None
     masters: dict
@@ -78,8 +80,12 @@ class Run:
     control: Control = field(default_factory=Control)
     memory: Installed = field(default_factory=lambda: Installed(Memory(False)))
     plan: Forecast | None = None
+    about: dict[str, str] = field(default_factory=dict)  # hardware, versions: for the model card
+    stepping: dict = field(default_factory=dict)  # the optimizer and schedule while training, for callbacks
+    across: Any = None  # how updates are joined over processes: Replicas, Shards, or None for one process
 
     def __post_init__(self) -> None:
+        self.callbacks = heard(self.callbacks, self.log)
         self.interrupt = Interrupt(self.folder, self.log.say)
 
     @property
@@ -99,41 +105,41 @@ class Run:
         self.control = Control()  # an earlier train() may have been stopped
         if self.batches is None:
             raise UserError("there is nothing to train on", where="train_dataset", mend="Give a training data set")
-        wanted = resume_from_checkpoint or self.config.resume_from_checkpoint or goes_on(self.config)
-        source, passed_over = disk.find_checkpoint(self.folder, wanted) if wanted else (None, [])
-        if source is None or source.parent.resolve() != self.folder.resolve():
-            refuse_overwriting(self.config)
-        for line in passed_over:
-            self.log.warn(line)
+        source = self._source(resume_from_checkpoint)
         self._check_best_metric()
-        steps = total_steps(self.batches, self.config)
-        updater = Updater(self.model, self.masters, self.config, steps, *self.optimizers)
-        self.state.max_steps = steps
+        window = (source and disk.load_state(source)[0].get("window")) or window_size(self.config)
+        steps = total_steps(self.batches, self.config, window)
+        mine = dataclasses.replace(self.config, gradient_accumulation_steps=math.ceil(window / world().shares))
+        rest(self.model)  # an evaluation before this has left parameters whole, which no optimizer steps
+        updater = Updater(self.model, self.masters, mine, steps, *self.optimizers, across=self.across)
+        self.stepping = {"optimizer": updater.optimizer, "lr_scheduler": updater.schedule}
+        if not (updater.told or updater.parameters[0].device.type == "cpu" or self.config.optimizer_in_bwd):
+            self.log.say("guard", "this optimizer is told of a gradient that is no number by a wait before each update")
+        self.state.max_steps, self.state.window = steps, window
+        if world().rank:
+            torch.manual_seed(self.config.seed + world().rank)  # until now all drew the same
+        saves = Saves(self, updater)
         if source is not None:
-            self._restore(source, updater)
-            for line in disk.set_aside(self.folder, self.state.global_step):
-                self.log.warn(line)
-        else:
-            for path in disk.checkpoints(self.folder):  # overwrite_output_dir: a later resume must not find them
-                shutil.rmtree(path)
-            for name in disk.WEIGHTS:  # nor may the model of an earlier run pass for this one's
-                (self.folder / name).unlink(missing_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-        trim_log(self.folder / "metrics.jsonl", self.state.global_step)
-        self.log.open(self.folder)
+            saves.restore(source)
+        barrier()  # all have found and read what the first one may now set aside
+        if world().main:
+            with disk.writing(self.folder):
+                self._open_folder(new=source is None)
+        barrier()
         began = time.perf_counter()
         hooks = Hooks(
-            evaluate=self.evaluate if self.eval_batches is not None else None,
-            save=lambda metrics, asked: self._save(updater, metrics, asked),
-            notify=self._notify,
-            stopping=self.interrupt.stopping,
-            saving=self.interrupt.saving,
+            evaluate=self._evaluate_and_compare if self.eval_batches is not None else None,
+            save=saves.save,
+            notify=self._followed(saves),
+            stopping=self._stopping,
+            saving=lambda: any_of(self.interrupt.saving()),
             window=self.memory.step,
             heaviest=self._heaviest,
             measured=lambda gib: self.log.say("memory", self.plan.compare(gib)) if self.plan else None,
+            broken=lambda step, batches: keep_broken(self, step, batches),
         )
-        with use(self.config.kernels), closing(updater):
+        noise = noisy_embeddings(self.model, self.config.neftune_noise_alpha, world().slice)
+        with use(self.config.kernels), closing(updater), noise:
             if self.config.eval_on_start and source is None and hooks.evaluate:
                 self.state.evaluation_owed = True
             fit(
@@ -147,12 +153,52 @@ class Run:
                 hooks=hooks,
                 log=self.log,
             )
+            saves.settle()
         if self.control.interrupted:
-            return RunResult(self.folder, self.state.global_step, {}, self.interrupt.number)
-        if self.config.load_best_model_at_end and self._best is not None:
-            disk.load_weights(self.model, self._best)
-            self.log.say("best", str(self._best))
+            self.notify("on_train_end")
+            return RunResult(self.folder, self.state.global_step, {}, self.interrupt.number or 0)
+        if self.config.load_best_model_at_end and saves.best is not None:
+            saves.load_weights(saves.best)
+            self.log.say("best", str(saves.best))
         return self._finish(time.perf_counter() - began)
+
+    def _source(self, asked: str | bool | None) -> Path | None:
+        """The checkpoint to go on from, if there is one to. Raises UserError where a run would be overwritten."""
+        wanted = asked or self.config.resume_from_checkpoint or goes_on(self.config)
+        source, passed_over = disk.find_checkpoint(self.folder, wanted) if wanted else (None, [])
+        if source is None or source.parent.resolve() != self.folder.resolve():
+            refuse_overwriting(self.config)
+        for line in passed_over:
+            self.log.warn(line)
+        return source
+
+    def _open_folder(self, *, new: bool) -> None:
+        """The run's folder as this run goes on in it, its configuration, and the log."""
+        if new:
+            clear(self.folder)
+        else:
+            for line in disk.set_aside(self.folder, self.state.global_step):
+                self.log.warn(line)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        disk.write_text(self.folder / "config.yaml", dump(self.config))
+        trim_log(self.folder / "metrics.jsonl", self.state.global_step)
+        self.log.open(self.folder)
+
+    def _followed(self, saves: Saves) -> Callable[..., None]:
+        """notify, and after a step the checkpoint that may be ready; after the first, what the start took."""
+        began = time.perf_counter()
+
+        def notify(event: str, **extra: Any) -> None:
+            self.notify(event, **extra)
+            if event == "on_step_end":
+                self.log.first_step(time.perf_counter() - began)
+                saves.poll()
+
+        return notify
+
+    def _stopping(self) -> bool:
+        """Whether somebody asked any of the processes to stop."""
+        return any_of(self.interrupt.stopping())
 
     def _finish(self, seconds: float) -> RunResult:
         summary: dict[str, float] = {}
@@ -170,6 +216,8 @@ class Run:
         self.log.say(
             "done", f"{self.state.global_step} steps in {clock(seconds)}, mean loss {summary['train_loss']:.4f}"
         )
+        self.notify("on_log", logs=dict(summary))
+        self.notify("on_train_end")
         return RunResult(self.folder, self.state.global_step, summary)
 
     def evaluate(self) -> dict[str, float]:
@@ -177,145 +225,68 @@ class Run:
         if self.eval_batches is None:
             raise UserError("there is nothing to evaluate on", where="eval_dataset", mend="Give an evaluation data set")
         with use(self.config.kernels):
-            metrics = evaluate(self.model, self.eval_batches.epoch(0), self.objective, self.interrupt.stopping)
+            metrics = evaluate(self.model, self._eval_share(), self.objective, self._stopping_evaluation)
         record = {**metrics, "epoch": self.state.epoch, "step": self.state.global_step}
         self.state.log_history.append(record)
         if self.log.path:
             self.log.write(record)
         shown = "  ".join(f"{name[5:]} {value:.4f}" for name, value in metrics.items() if "_per_second" not in name)
         self.log.say("eval", shown)
-        self._notify("on_evaluate", metrics=metrics)
+        self.notify("on_log", logs=dict(record))
+        self.notify("on_evaluate", metrics=metrics)
+        return metrics
+
+    def _stopping_evaluation(self) -> bool:
+        """Asked after every batch of an evaluation."""
+        self.notify("on_prediction_step")
+        return self._stopping()
+
+    def _evaluate_and_compare(self) -> dict[str, float]:
+        """An evaluation of the loop's, and what it means for state.best_metric where no checkpoint depends on it: after
+        the callbacks, because early stopping compares with the best before."""
+        metrics = self.evaluate()
+        if follows(self.config):
+            is_better(self.config, self.state, metrics)
         return metrics
 
     def save_model(self, folder: str | Path | None = None) -> Path:
         """Weights (or adapter) and tokenizer into `folder` (default: the run's), as from_pretrained reads them."""
         target = Path(folder or self.folder)
-        disk.save_final(self.model, self.tokenizer, target)
+        state = whole_state(self.model, keep=world().main) if sharded(self.model) else None
+        if world().main:
+            disk.save_final(self.model, self.tokenizer, target, state)
+            publish(self, target)
+        barrier()
         return target
+
+    def _eval_share(self) -> Iterator[Batch]:
+        """This process's batches of the evaluation set."""
+        own = world()
+        assert self.eval_batches is not None
+        for share in self.eval_batches.shares(
+            0, 0, own.shares, ranks=own.shares, rank=own.share, cost=cost_of(self.model)
+        ):
+            yield from share.batches
 
     def _heaviest(self) -> Batch | None:
         return self.plan.rehearsal(self.batches, self.config.heaviest_batch_first) if self.plan else None
 
-    def _notify(self, event: str, **extra) -> None:
+    def notify(self, event: str, **extra) -> None:
+        """Tell the callbacks (burnish.training.callbacks), and do what follows a step."""
         syncs = event == "on_step_end" and self.reference is not None and getattr(self.config, "sync_ref_model", False)
         if syncs and self.state.global_step % self.config.ref_model_sync_steps == 0:
             self.reference.mix_in(self.model, self.config.ref_model_mixup_alpha)  # type: ignore[union-attr]
         for line in self.memory.news():
             self.log.say("memory", line)
-        for callback in self.callbacks:
-            if (call := getattr(callback, event, None)) is not None:
-                call(self.config, self.state, self.control, model=self.model, processing_class=self.tokenizer, **extra)
-
-    def _save(self, updater: Updater, metrics: dict[str, float] | None, asked: bool) -> None:
-        """Write a checkpoint; remember it where it is the best so far; delete old ones beyond the limit."""
-        path = self.folder / f"checkpoint-{self.state.global_step}"
-        better = metrics is not None and self._is_better(metrics)
-        if self.config.save_strategy == "best" and not better and not asked:
-            return
-        if better:
-            self.state.best_model_checkpoint = path.name
-        updater_state: tuple[dict, dict] = ({}, {})
-        if asked or not self.config.save_only_model:
-            tensors, scalars = updater.state()
-            updater_state = ({**tensors, **self._moving()}, scalars)
-        disk.save_checkpoint(
-            self.folder, self.state.global_step, self.model, self.tokenizer, updater_state, self._described()
-        )
-        kept = [path] if self._best is None else [path, self._best]
-        disk.rotate(self.folder, self.config.save_total_limit, kept)
-        self.log.say("saved", str(path))
-        self._notify("on_save")
-
-    def _moving(self) -> dict[str, Tensor]:
-        """What else moves as training goes on: the objective's running sums, a reference that follows the policy."""
-        tensors = {f"objective.{name}": value for name, value in self.objective.state.items()}
-        if self.reference is not None and getattr(self.config, "sync_ref_model", False):
-            tensors |= {f"reference.{name}": p.data for name, p in self.reference.model.named_parameters()}
-        return tensors
-
-    def _described(self) -> dict:
-        """The state, and what it depends on: with other data or settings, resuming would not be the same run."""
-        settings = {
-            field.name: getattr(self.config, field.name)
-            for field in dataclasses.fields(self.config)
-            if field.name not in MAY_CHANGE
-        }
-        data = self.batches.fingerprint() if isinstance(self.batches, Batches) else "a stream"
-        return {**dataclasses.asdict(self.state), "depends_on": {**settings, "the rows": data}}
-
-    @property
-    def _best(self) -> Path | None:
-        """The best checkpoint so far, wherever the folder lies now."""
-        name = self.state.best_model_checkpoint
-        return self.folder / name if name else None
+        if self.callbacks:
+            given = {"model": self.model, "processing_class": self.tokenizer, "tokenizer": self.tokenizer}
+            given |= {"train_dataloader": self.batches, "eval_dataloader": self.eval_batches, **self.stepping}
+            tell(self.callbacks, event, self.config, self.state, self.control, **given, **extra)
+        if event in ANSWERED:
+            agree(self.control)
 
     def _check_best_metric(self) -> None:
         """A metric that evaluations don't have is an error now, not at the first checkpoint."""
-        tracks = self.config.load_best_model_at_end or self.config.save_strategy == "best"
-        if tracks and self.eval_batches is not None:
+        if self.config.metric_for_best_model and self.eval_batches is not None:
             with use(self.config.kernels):
-                self._value(evaluate(self.model, [next(iter(self.eval_batches.epoch(0)))], self.objective))
-
-    def _value(self, metrics: dict[str, float]) -> float:
-        """The metric that decides which checkpoint is best."""
-        name = self.config.metric_for_best_model or "loss"
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
-            raise UserError(
-                f"{name} is not among the metrics of an evaluation",
-                where="metric_for_best_model",
-                mend=f"Use one of {', '.join(metrics)}",
-            )
-        return metrics[name]
-
-    def _is_better(self, metrics: dict[str, float]) -> bool:
-        greater = self.config.greater_is_better
-        if greater is None:
-            greater = not (self.config.metric_for_best_model or "loss").endswith("loss")
-        value, best = self._value(metrics), self.state.best_metric
-        if not math.isfinite(value):
-            return False
-        if best is not None and (value <= best if greater else value >= best):
-            return False
-        self.state.best_metric = value
-        return True
-
-    def _restore(self, source: Path, updater: Updater) -> None:
-        """Everything as it was when the checkpoint was written: weights, optimizer, schedule, cursor, generators."""
-        stored, tensors = disk.load_state(source)
-        scalars, rng = stored.pop("updater"), stored.pop("rng")
-        assert self.batches is not None
-        if not scalars:
-            raise UserError(
-                "the checkpoint has no optimizer (save_only_model)",
-                where=str(source),
-                mend="Use it as model_name_or_path",
-            )
-        written, now = stored.pop("depends_on"), self._described()["depends_on"]
-        other = [name for name in now if written.get(name) != json.loads(json.dumps(now[name]))]
-        if other:
-            shown = ", ".join(
-                name if name == "the rows" else f"{name} ({written.get(name)}, now {now[name]})" for name in other
-            )
-            raise UserError(
-                f"{shown} differ from the run that wrote this checkpoint",
-                where=str(source),
-                mend="Resume with the configuration in output_dir/config.yaml, or start anew in another output_dir",
-            )
-        disk.load_weights(self.model, source)
-        updater.load(tensors, scalars)
-        for name in self.objective.state:
-            self.objective.state[name] = tensors[f"objective.{name}"]
-        for name, value in self._moving().items():
-            if name.startswith("reference."):
-                value.copy_(tensors[name])
-        disk.restore_rng(source, rng)
-        max_steps = self.state.max_steps
-        self.state = TrainState(**stored)
-        self.state.max_steps = max_steps
-        if self._best is not None and not self._best.is_dir():  # gone on with in another folder: it lies beside source
-            self.state.best_model_checkpoint = str(source.resolve().parent / self._best.name)
-        if self._best is not None and not self._best.is_dir():
-            self.log.warn(f"{self._best}, the best checkpoint so far, is gone: the best is looked for anew")
-            self.state.best_metric = self.state.best_model_checkpoint = None
-        self.log.say("resume", f"{source} at step {self.state.global_step} of {max_steps}")
+                value_of(self.config, evaluate(self.model, [next(self._eval_share())], self.objective))

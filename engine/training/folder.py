@@ -42,22 +42,32 @@ def refuse_overwriting(config: Any) -> None:
         )
 
 
+def clear(folder: Path) -> None:
+    """Take away what an earlier run left that must not pass for the new one's: checkpoints and model."""
+    for path in disk.checkpoints(folder):
+        disk.remove(path)
+    for name in disk.WEIGHTS:
+        (folder / name).unlink(missing_ok=True)
+
+
 def trim_log(path: Path, step: int) -> None:
     """Drop records of steps after `step`: a resumed run writes them again."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # a line torn by the kill that this resume follows
+        if not isinstance(record, dict):
+            continue
         if step and record.get("step", 0) <= step and "train_runtime" not in record:
             kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    disk.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _ended(folder: Path) -> bool:
     """Whether the run whose log lies in `folder` came to its end."""
     log = folder / "metrics.jsonl"
-    return log.is_file() and '"train_runtime"' in log.read_text(encoding="utf-8")
+    return log.is_file() and '"train_runtime"' in log.read_text(encoding="utf-8", errors="replace")

@@ -151,14 +151,14 @@ def test_killed_inside_a_save_the_checkpoint_before_it_serves(tmp_path, tiny_mod
 
 
 def kill_in_third_save(call: str, after: bool) -> None:
-    """Make the first `call` inside the third save_checkpoint the last thing this process does."""
+    """Make the first `call` inside the third save of a checkpoint the last thing this process does."""
     import importlib
 
     from burnish import training
 
     room, name = call.rsplit(".", 1)
     target = importlib.import_module(room)
-    honest_save, honest = training.disk.save_checkpoint, getattr(target, name)
+    honest_save, honest = training.disk.begin_checkpoint, getattr(target, name)
     saves = 0
 
     def dying(*args, **given):
@@ -173,7 +173,7 @@ def kill_in_third_save(call: str, after: bool) -> None:
             setattr(target, name, dying)
         return honest_save(*args, **given)
 
-    training.disk.save_checkpoint = save
+    training.disk.begin_checkpoint = save
 
 
 def test_terminated_at_random_moments_nothing_is_lost(tmp_path, tiny_model, chat_file, whole):
