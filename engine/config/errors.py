@@ -7,8 +7,9 @@ class UserError(ValueError):
     what   the fact, in one clause ("unknown key learning_rte")
     where  file:line, data row, checkpoint folder or argument name; may be empty
     mend   the edit to make ("did you mean learning_rate?"); may be empty
+    keys   the keys of the configuration that it is about; may be empty
     """
 
-    def __init__(self, what: str, *, where: str = "", mend: str = ""):
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str = "", mend: str = "", keys: tuple[str, ...] = ()):
+        self.what, self.where, self.mend, self.keys = what, where, mend, keys
         super().__init__(f"{where}: " * bool(where) + what + f". {mend}" * bool(mend))

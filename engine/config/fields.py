@@ -5,14 +5,14 @@ every value and every pair of values and raises `UserError` naming the place. st
 are answered before torch is imported.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
-from burnish.config.errors import UserError
-from burnish.config.refused import explain
-from burnish.config.values import coerce, key
+from burnish.config.aliases import todays_loading
+from burnish.config.base import Keys
+from burnish.config.outside import check_dataset_kwargs, check_quantized, check_trackers
+from burnish.config.unread import check_read
+from burnish.config.values import key
 
 SCHEDULES = (
     "linear",
@@ -39,13 +39,11 @@ OPTIMIZERS = (
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Keys):
     """Keys shared by every objective. Keyword arguments only, but for `output_dir`, which may come first.
 
     `config.origins` says where each value came from: "run.yaml:3", "command line", "SFTConfig(name=...)" or "default".
     """
-
-    origins: ClassVar[dict[str, str]] = {}
 
     # where results go
     output_dir: str = key(
@@ -55,7 +53,14 @@ class TrainConfig:
         kw_only=False,
     )
     overwrite_output_dir: bool = key(False, "start anew in an output_dir that already holds a run")
-    report_to: str | list[str] | None = key("none", "trackers; only `none` for now: metrics.jsonl is always written")
+    report_to: str | list[str] | None = key("none", "tensorboard, wandb, trackio; metrics.jsonl is always written")
+    run_name: str | None = key(None, "name of the run in trackers; default: the last part of output_dir")
+    project: str = key("huggingface", "project that wandb and trackio file the run under")
+    push_to_hub: bool = key(False, "upload the model to the hub when it is saved")
+    hub_model_id: str | None = key(None, "repository to upload to; default: output_dir's last part")
+    hub_token: str | None = key(None, "token for the upload; default: the one you logged in with")
+    hub_private_repo: bool | None = key(None, "make a new repository private; default: as your account does")
+    hub_revision: str | None = key(None, "branch to upload to; default: main")
 
     # model
     model_name_or_path: str | None = key(None, "model to train: a folder or a hub id", common=True)
@@ -78,6 +83,22 @@ class TrainConfig:
     strict_patch: bool = key(False, "stop when some norm, MLP or rotary module can't use a burnish kernel")
     use_cpu: bool = key(False, "stay on the CPU where a GPU is at hand")
 
+    # processes
+    nproc: int | None = key(
+        None, "start so many processes on this machine, one a GPU; default: one, or torchrun's", low=1
+    )
+    parallel: str | None = key(
+        None,
+        "ddp: every process has the whole model; fsdp: a part of it; default: ddp where it fits, else fsdp",
+        choices=("none", "ddp", "fsdp"),
+    )
+    sequence_parallel: int = key(1, "so many processes share each document, its tokens divided among them", low=1)
+    ddp_timeout: int = key(1800, "seconds to wait for another process before giving up", low=1)
+    max_restarts: int = key(
+        0, "how often to start all processes again, from the last checkpoint, after one died", low=0
+    )
+    async_save: bool = key(False, "with fsdp: write checkpoints while training goes on")
+
     # adapters
     use_peft: bool = key(False, "train LoRA adapters and leave the base model as it is", common=True)
     lora_r: int = key(16, "rank of the adapters", low=1, common=True)
@@ -91,6 +112,10 @@ class TrainConfig:
     lora_modules_to_save: list[str] | None = key(None, "modules trained in full beside the adapters")
     use_rslora: bool = key(False, "scale adapters by 1/sqrt(rank) instead of 1/rank")
     use_dora: bool = key(False, "weight-decomposed adapters (DoRA)")
+    load_in_8bit: bool = key(False, "hold the frozen base in 8 bits (bitsandbytes); adapters train on it")
+    load_in_4bit: bool = key(False, "hold the frozen base in 4 bits (bitsandbytes); adapters train on it (QLoRA)")
+    bnb_4bit_quant_type: str = key("nf4", "kind of 4-bit numbers", choices=("nf4", "fp4"))
+    use_bnb_nested_quant: bool = key(False, "quantise the 4-bit base's scales as well")
 
     # data
     dataset_name: str | None = key(
@@ -110,6 +135,9 @@ class TrainConfig:
         1024, "longest sequence in tokens; longer rows are cut and counted. null: never cut", low=2, common=True
     )
     truncation_mode: str = key("keep_start", "which end of a long row stays", choices=("keep_start", "keep_end"))
+    allow_truncation: bool = key(
+        False, "train even where cutting rows to max_length takes more than 5 % of the trained tokens"
+    )
     padding_free: bool = key(True, "burnish never pads, so this key changes nothing; taken because TRL files set it")
 
     # batches
@@ -147,6 +175,9 @@ class TrainConfig:
     adam_beta2: float = key(0.999, "AdamW's decay of the mean of squared gradients", low=0, high=1)
     adam_epsilon: float = key(1e-8, "AdamW's term against division by zero", above=0)
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; 0: never", low=0)
+    neftune_noise_alpha: float | None = key(
+        None, "noise on the input embeddings in training, within alpha / sqrt(document length * width) (NEFTune)", low=0
+    )
     gradient_checkpointing: bool = key(
         True, "recompute activations in the backward pass: less memory, about a third more time", common=True
     )
@@ -199,42 +230,10 @@ class TrainConfig:
     seed: int = key(42, "seed of everything random", low=0, common=True)
     data_seed: int | None = key(None, "seed of the data order; default: seed", low=0)
 
-    def __new__(cls, *args: Any, **given: Any) -> "TrainConfig":
-        """Refuse names that are no key with their reason, before dataclass's bare TypeError would."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in given:
-            if name not in names:
-                what, mend = explain(name, names)
-                raise UserError(what, where=f"{cls.__name__}({name}=...)", mend=mend)
-        config = super().__new__(cls)
-        config.origins = {  # type: ignore[misc]  # one per configuration; ClassVar keeps it from being a field
-            name: f"{cls.__name__}({name}=...)" if name in given else "default" for name in names
-        }
-        if args:
-            config.origins["output_dir"] = f"{cls.__name__}(...)"
-        return config
-
-    def __post_init__(self) -> None:
-        """Read every value as its field's type, then check the pairs that can't go together."""
-        for field in dataclasses.fields(self):
-            try:
-                setattr(self, field.name, coerce(field, getattr(self, field.name)))
-            except ValueError as error:
-                self._fail(f"{field.name} {error}", field.name)
-        self._check_pairs()
-
-    def _fail(self, what: str, *names: str, mend: str = "") -> None:
-        """Raise UserError that points at every place where one of these keys was set."""
-        places = dict.fromkeys(self.origins[name] for name in names if self.origins[name] != "default")
-        raise UserError(what, where=" and ".join(places) or type(self).__name__, mend=mend)
-
     def _check_pairs(self) -> None:
-        if self.report_to not in (None, "none", [], ["none"]):
-            self._fail(
-                f"report_to {self.report_to!r} is not taken",
-                "report_to",
-                mend="Use none: every metric is in output_dir/metrics.jsonl",
-            )
+        self._check_loading()
+        check_trackers(self)
+        check_quantized(self)
         if self.dtype == "bfloat16" and self.bf16 is False:
             self._fail("dtype bfloat16 with bf16 false", "dtype", "bf16", mend="Delete bf16, or set dtype to float32")
         if self.warmup_steps and self.warmup_ratio:
@@ -271,6 +270,17 @@ class TrainConfig:
                     mend=f"Set gradient_checkpointing: true, or delete {name}",
                 )
         self._check_best()
+        check_read(self)
+
+    def _check_loading(self) -> None:
+        """Bring model_init_kwargs to today's names."""
+        try:
+            taken, notes = todays_loading(self.model_init_kwargs or {})
+        except KeyError:
+            self._fail("torch_dtype and dtype are both given", "model_init_kwargs", mend="Keep dtype")
+        if self.model_init_kwargs:
+            self.model_init_kwargs = taken or None
+            self.notes.extend(notes)
 
     def _check_in_backward(self) -> None:
         """What can't be done when a parameter is updated before the gradients of the others are known."""
@@ -292,7 +302,12 @@ class TrainConfig:
 
     def _check_best(self) -> None:
         """Which checkpoint is best can only be told where every checkpoint was evaluated."""
-        if not (self.load_best_model_at_end or self.save_strategy == "best"):
+        tracks = self.load_best_model_at_end or self.save_strategy == "best"
+        if tracks and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        if not tracks:
             return
         name = "load_best_model_at_end" if self.load_best_model_at_end else "save_strategy"
         if self.eval_strategy == "no":
@@ -341,6 +356,11 @@ class SFTConfig(TrainConfig):
     )
     eval_packing: bool | None = key(None, "pack evaluation rows; default: as packing")
     shuffle_dataset: bool = key(False, "shuffle the rows before they are packed")
+    dataset_kwargs: dict | None = key(
+        None,
+        "add_special_tokens: false (no BOS to plain text), append_concat_token: false (no EOS to it), "
+        "skip_prepare_dataset: true (rows for a script's data_collator)",
+    )
     loss_type: str = key(
         "nll",
         "nll: negative log-likelihood; dft: weighted by the token's own probability (arXiv 2508.05629)",
@@ -352,6 +372,7 @@ class SFTConfig(TrainConfig):
         for name in ("packing", "eval_packing"):
             if getattr(self, name) and self.max_length is None:
                 self._fail(f"{name} needs max_length, the length of a pack", name, "max_length")
+        check_dataset_kwargs(self)
 
 
 def in_steps(value: float, total: int) -> int:

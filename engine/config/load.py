@@ -6,12 +6,13 @@ value remembers where it came from. stdlib and yaml only.
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from burnish.config.aliases import today
 from burnish.config.errors import UserError
 from burnish.config.fields import TrainConfig
 from burnish.config.refused import explain
@@ -27,26 +28,88 @@ def load(cls: type[Config], path: str | Path | None = None, overrides: Iterable[
     Raises UserError with file and line for a file that can't be read, unknown, repeated or refused keys, values of the
     wrong type or out of range, and keys that can't go together.
     """
+    given, unknown, notes = _gathered(cls, path, overrides)
+    if unknown:
+        raise _unknown_keys(unknown, [field.name for field in dataclasses.fields(cls)])
+    return _made(cls, given, notes)
+
+
+def examine(
+    cls: type[Config], path: str | Path | None = None, overrides: Iterable[str] = ()
+) -> tuple[Config | None, list[UserError]]:
+    """(the configuration without the keys that are wrong, every mistake in it) of what `load` stops at the first of.
+
+    None where there is no reading it at all. A key of two wrong pairs shows with one of them at a time.
+    """
+    try:
+        given, unknown, notes = _gathered(cls, path, overrides)
+    except UserError as error:
+        return None, [error]
+    names = [field.name for field in dataclasses.fields(cls)]
+    found = [_unknown_keys([one], names) for one in unknown]
+    while True:
+        try:
+            return _made(cls, given, notes), found
+        except UserError as error:
+            if error.what not in [other.what for other in found]:
+                found.append(error)
+            wrong = next((name for name in error.keys if name in given), None)
+            if wrong is None:
+                return None, found
+            del given[wrong]  # at its default it may be right
+
+
+def _gathered(cls: type, path: str | Path | None, overrides: Iterable[str]) -> tuple[dict, list[tuple[str, str]], list]:
+    """({key: (value, place)}, names that are no key with their places, notes) of a file and of words, which win."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     given = _read(Path(path)) if path is not None else {}
     words = _split(overrides)
-    unknown = [(name, origin) for name, (_, origin) in given.items() if name not in fields]
+    given, notes = _todays(given, fields, lambda entry: entry[0], lambda name: given[name][1])
+    words, more = _todays(words, fields, _yaml_or_text, lambda name: COMMAND_LINE)
+    unknown = [(name, given.pop(name)[1]) for name in [*given] if name not in fields]
     unknown += [(name, COMMAND_LINE) for name in words if name not in fields]
-    if unknown:
-        raise _unknown_keys(unknown, fields)
-    given |= {name: (from_text(fields[name], text), COMMAND_LINE) for name, text in words.items()}
+    given |= {n: (from_text(fields[n], text), COMMAND_LINE) for n, text in words.items() if n in fields}
+    return given, unknown, [*notes, *more]
+
+
+def _made(cls: type[Config], given: dict[str, tuple[Any, str]], notes: list[str]) -> Config:
+    """The configuration of these values. Raises UserError for the first that is wrong."""
     values = {name: value for name, (value, _) in given.items()}
     config: Any = TrainConfig.__new__(cls, **values)
     config.origins.update({name: origin for name, (_, origin) in given.items()})
     config.__init__(**values)  # after the origins, so that its checks can name file and line
+    config.notes += notes
     return config
+
+
+def _yaml_or_text(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _todays(given: dict[str, Any], fields: dict, value_of: Callable, place_of: Callable) -> tuple[dict, list[str]]:
+    """`given` by today's names (`aliases.py`), and lines for the log."""
+    taken, notes = {}, []
+    for name, entry in given.items():
+        key, note = today(name, value_of(entry), fields)
+        if key is not None and key != name and key in given:
+            raise UserError(
+                f"{name} is an older name of {key}, which is set as well", where=place_of(name), mend="Keep one"
+            )
+        notes += [note] if note else []
+        if key is not None:
+            taken[key] = entry
+    return taken, notes
 
 
 def dump(config: TrainConfig) -> str:
     """The whole configuration as YAML, one key a line with the value's origin as a comment; `load` reads it back."""
     lines = []
     for field in dataclasses.fields(config):
-        text = f"{field.name}: {_flow(getattr(config, field.name))}"
+        value = None if field.name == "hub_token" else getattr(config, field.name)  # a secret stays out of files
+        text = f"{field.name}: {_flow(value)}"
         lines.append(f"{text:<48} # {config.origins[field.name]}\n")
     return "".join(lines)
 
@@ -104,12 +167,13 @@ def _split(words: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _unknown_keys(unknown: list[tuple[str, str]], fields: dict[str, dataclasses.Field]) -> UserError:
+def _unknown_keys(unknown: list[tuple[str, str]], fields: Iterable[str]) -> UserError:
     """One error for the first name that is no key, which also lists the others: a copied file often has several."""
     (name, origin), *others = unknown
     what, mend = explain(name, fields)
     if others:
-        mend += ". Also not taken: " + ", ".join(f"{other} ({place})" for other, place in others)
+        rest = ", ".join(f"{other} ({place})" for other, place in others)
+        mend += ("" if mend.endswith("?") else ".") + f" Also not taken: {rest}"
     return UserError(what, where=origin, mend=mend)
 
 

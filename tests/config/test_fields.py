@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import burnish.config
+from burnish.config.aliases import HINTS, OLDER
 from burnish.config.errors import UserError
 from burnish.config.fields import SCHEDULES, SFTConfig, TrainConfig, in_steps
 from burnish.config.refused import REFUSED
@@ -40,7 +41,8 @@ TRL_SCRIPT = {
 }  # fmt: skip
 OURS = {
     "eval_dataset_name", "test_split_size", "max_tokens_per_batch", "kernels", "strict_patch", "optimizer_in_bwd",
-    "checkpoint_segment", "keep_attention", "tile_tokens", "memory", "heaviest_batch_first",
+    "checkpoint_segment", "keep_attention", "tile_tokens", "memory", "heaviest_batch_first", "allow_truncation",
+    "nproc", "parallel", "sequence_parallel", "max_restarts", "async_save",
     "warmup_ratio", "overwrite_output_dir",  # transformers' until version 5
 }  # fmt: skip
 # Where burnish's default is not the one of that name elsewhere, and why.
@@ -60,13 +62,13 @@ def transformers_defaults():
 
 def test_every_field_of_transformers_and_trl_is_honoured_or_refused(transformers_defaults):
     theirs = {*transformers_defaults, *TRL_SFT, *TRL_MODEL, *TRL_SCRIPT}
-    assert theirs - set(KEYS) - set(REFUSED) == set()
-    assert set(KEYS) & set(REFUSED) == set()
+    assert theirs - set(KEYS) - set(REFUSED) - set(HINTS) - set(OLDER) == set()
+    assert len({*KEYS, *REFUSED, *HINTS, *OLDER}) == len(KEYS) + len(REFUSED) + len(HINTS) + len(OLDER)
     assert set(KEYS) - theirs == OURS
 
 
 # Keys whose only value is what burnish does anyway: checked when a configuration is made, and read by nothing else.
-SETTLED = {"report_to", "padding_free", "gradient_checkpointing_kwargs"}
+SETTLED = {"padding_free", "gradient_checkpointing_kwargs"}
 
 
 def test_every_key_is_read_by_some_code():
@@ -110,6 +112,121 @@ def every_key() -> set[str]:
         classes += cls.__subclasses__()
         found |= {field.name for field in dataclasses.fields(cls)}
     return found
+
+
+# What TRL 0.7 to 0.12 and transformers 4.36 to 4.46 had beside today's names, from their pages.
+OF_OLD = {
+    "max_seq_length", "evaluation_strategy", "torch_dtype", "no_cuda", "per_gpu_train_batch_size", "adafactor",
+    "per_gpu_eval_batch_size", "logging_dir", "save_safetensors", "use_mps_device", "jit_mode_eval", "use_ipex",
+    "fp16_opt_level", "fp16_backend", "half_precision_backend", "tpu_num_cores", "tpu_metrics_debug", "past_index",
+    "mp_parameters", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "dispatch_batches", "split_batches",
+    "ray_scope", "use_legacy_prediction_loop", "include_inputs_for_metrics", "include_tokens_per_second",
+    "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "group_by_length", "num_of_sequences",
+    "chars_per_token", "dataset_batch_size", "infinite", "use_liger", "torchdynamo", "max_target_length",
+}  # fmt: skip
+
+
+def test_older_names_are_known():
+    assert OF_OLD - set(KEYS) - set(REFUSED) - set(HINTS) - set(OLDER) == set()
+    assert set(OLDER.values()) <= every_key()
+
+
+@pytest.mark.parametrize("name", sorted(set(OLDER) - {"max_target_length"}))
+def test_an_older_name_stands_for_todays(name):
+    value = {"evaluation_strategy": "epoch", "torch_dtype": torch.bfloat16, "activation_checkpointing_kwargs": {}}
+    value = value.get(name, 7 if "size" in name or "length" in name else True)
+    config, key = SFTConfig(**{name: value}), OLDER[name]
+    assert config == SFTConfig(**{key: value}) and config.notes == [f"{name} is called {key} here"]
+    assert not SFTConfig(**{name: None}).notes, "None was the default of all of them"
+    later = SFTConfig()
+    setattr(later, name, value)
+    later.__post_init__()
+    assert later == config and later.notes == config.notes
+    with pytest.raises(UserError, match=f"{name} is an older name of {key}, which is given as well. Keep one"):
+        SFTConfig(**{name: value, key: value})
+
+
+@pytest.mark.parametrize("name", sorted(HINTS))
+def test_a_hint_is_taken_and_noted(name):
+    config = SFTConfig(**{name: 3})
+    assert config == SFTConfig() and config.notes == [f"{name} changes nothing here: {HINTS[name]}"]
+    assert not SFTConfig(**{name: None}).notes
+
+
+def test_values_that_ask_for_nothing_are_taken(transformers_defaults):
+    """TRL's files and TrainingArguments hold them: the defaults of keys that are refused, and of those of old."""
+    theirs = transformers_defaults | TRL_SFT | TRL_MODEL | TRL_SCRIPT
+    taken = {name: theirs[name] for name in REFUSED if name in theirs and theirs[name] is not dataclasses.MISSING}
+    refused = {}
+    for name, value in taken.items():
+        try:
+            SFTConfig(**{name: value})
+        except UserError as error:
+            refused[name] = (value, str(error))
+    assert set(refused) <= {"ddp_timeout"}, refused
+    for name, value in {"average_tokens_across_devices": False, "fp16": True, "local_rank": 1, "tf32": True}.items():
+        with pytest.raises(UserError, match=f"{name} is not taken"):
+            SFTConfig(**{name: value})
+
+
+def test_a_name_set_afterwards_is_no_way_round():
+    config = SFTConfig()
+    config.remove_unused_columns = False  # asks for nothing
+    config.use_liger = True
+    assert config.notes == [f"use_liger changes nothing here: {HINTS['use_liger']}"]
+    with pytest.raises(UserError, match="SFTConfig.learning_rte: unknown key learning_rte. Did you mean learning_rate"):
+        config.learning_rte = 1
+    with pytest.raises(UserError, match="SFTConfig.fp16: fp16 is not taken"):
+        config.fp16 = True
+
+
+def test_loading_arguments_get_todays_names():
+    given = {"torch_dtype": torch.bfloat16, "attn_implementation": "flash_attention_2", "revision": "v2"}
+    config = SFTConfig(model_init_kwargs=given)
+    assert config.model_init_kwargs == {"dtype": "bfloat16", "revision": "v2"} and len(config.notes) == 2
+    assert given["torch_dtype"] is torch.bfloat16, "the caller's own dict stays as it is"
+    assert SFTConfig(model_init_kwargs={"torch_dtype": None, "attn_implementation": None}).model_init_kwargs is None
+    with pytest.raises(UserError, match="torch_dtype and dtype are both given"):
+        SFTConfig(model_init_kwargs={"torch_dtype": "bfloat16", "dtype": "float32"})
+
+
+UNREAD = {
+    "lora_r": (4, {"use_peft": True}),
+    "lora_target_modules": (["q_proj"], {"use_peft": True}),
+    "use_dora": (True, {"use_peft": True}),
+    "adam_beta2": (0.95, {"optim": "adamw_torch"}),
+    "packing_strategy": ("wrapped", {"eval_packing": True}),
+    "eval_steps": (5, {"eval_strategy": "steps"}),
+    "save_steps": (5, {"save_strategy": "steps"}),
+    "save_total_limit": (5, {"save_strategy": "epoch"}),
+    "metric_for_best_model": ("loss", {"eval_strategy": "epoch"}),
+    "checkpoint_segment": (2, {"gradient_checkpointing": True}),
+    "warmup_ratio": (0.03, {"lr_scheduler_type": "constant_with_warmup"}),
+    "dataset_config": ("en", {"dataset_name": "org/rows"}),
+}
+NOBODY = {"optim": "sgd", "lr_scheduler_type": "constant", "save_strategy": "no", "gradient_checkpointing": False}
+
+
+@pytest.mark.parametrize("name", sorted(UNREAD))
+def test_a_key_that_nothing_would_read_is_an_error(name):
+    value, reader = UNREAD[name]
+    with pytest.raises(UserError, match=rf"^SFTConfig\({name}=...\): {name} is only read with .*\. Delete {name}$"):
+        SFTConfig(**NOBODY, **{name: value})
+    assert getattr(SFTConfig(**{**NOBODY, **reader, name: value}), name) == value
+    default = KEYS[name].default
+    assert getattr(SFTConfig(**NOBODY, **{name: default}), name) == default, "files hold every key"
+
+
+def test_callbacks_find_what_they_read_in_training_arguments():
+    config = SFTConfig("out", learning_rate=1e-4)
+    assert config.to_dict()["learning_rate"] == 1e-4 and '"output_dir": "out"' in config.to_json_string()
+    assert all(isinstance(value, (bool, int, float, str)) for value in config.to_sanitized_dict().values())
+    assert (config.process_index, config.world_size, config.should_save, config.logging_strategy) == (
+        0,
+        1,
+        True,
+        "steps",
+    )
 
 
 def test_what_a_refusal_says_to_use_exists():
@@ -158,8 +275,7 @@ class Schedule(str, enum.Enum):  # noqa: UP042  # as transformers' enums are
         ("dtype", torch.bfloat16, "bfloat16"),
         ("resume_from_checkpoint", True, True),
         ("resume_from_checkpoint", "out/checkpoint-3", "out/checkpoint-3"),
-        ("lora_target_modules", ("q_proj", "v_proj"), ["q_proj", "v_proj"]),
-        ("lora_target_modules", "all-linear", "all-linear"),
+        ("report_to", ("none",), ["none"]),
         ("max_length", None, None),
         ("model_init_kwargs", {"revision": "v2"}, {"revision": "v2"}),
     ],
@@ -193,7 +309,7 @@ def test_values_are_read_by_the_fields_type(name, given, expected):
         ({"test_split_size": 0.1, "eval_dataset_name": "x"}, "test_split_size and eval_dataset_name are both set"),
         ({"test_split_size": 1.5}, "test_split_size must be a share below 1 or a whole number of rows"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "{'use_reentrant': True} can't be honoured"),
-        ({"report_to": "wandb"}, "report_to 'wandb' is not taken"),
+        ({"report_to": "mlflow"}, "report_to 'mlflow' is not taken"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluations"),
         ({"save_strategy": "best"}, "save_strategy needs evaluations"),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "save_strategy steps and eval_strategy epoch"),

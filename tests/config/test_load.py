@@ -38,6 +38,16 @@ def test_file_and_words_and_where_each_value_came_from(write):
     }
 
 
+def test_older_names_in_a_file_and_in_words(write):
+    """As TRL's own files have them; values that ask for nothing are taken, the rest is noted for the log."""
+    path = write("max_seq_length: 512\nfp16: false\nuse_liger: true\nevaluation_strategy: epoch\n")
+    config = load(SFTConfig, path, ["per_gpu_train_batch_size=2", "group_by_length=true"])
+    assert (config.max_length, config.eval_strategy, config.per_device_train_batch_size) == (512, "epoch", 2)
+    assert config.origins["max_length"] == "run.yaml:1" and len(config.notes) == 5
+    with pytest.raises(UserError, match="command line: max_seq_length is an older name of max_length, which is set as"):
+        load(SFTConfig, None, ["max_seq_length=5", "max_length=5"])
+
+
 def test_words_alone_and_an_empty_file(write):
     assert load(SFTConfig, None, ["seed=7"]).seed == 7
     assert load(SFTConfig, write("# nothing yet\n")) == SFTConfig()
@@ -56,8 +66,7 @@ def test_words_alone_and_an_empty_file(write):
         ("model_name_or_path=C=D", "C=D"),
         ("resume_from_checkpoint=true", True),
         ("resume_from_checkpoint=out/checkpoint-1", "out/checkpoint-1"),
-        ("lora_target_modules=[q_proj, v_proj]", ["q_proj", "v_proj"]),
-        ("lora_target_modules=all-linear", "all-linear"),
+        ("report_to=[none]", ["none"]),
         ('model_init_kwargs={"revision": "v2"}', {"revision": "v2"}),
         ("learning_rate=2e-5", 2e-5),
         ("max_length=null", None),
@@ -74,11 +83,12 @@ def test_words_are_read_as_yaml_or_as_text_where_the_key_takes_text(word, expect
         ("seed: 1\nlearning_rte: 1e-4\n", "run.yaml:2: unknown key learning_rte. Did you mean learning_rate?"),
         ("zzz: 1\n", "run.yaml:1: unknown key zzz. burnish sft --help-all lists every key"),
         ("fp16: true\n", "run.yaml:1: fp16 is not taken: float16 needs loss scaling"),
-        ("max_seq_length: 9\n", "run.yaml:1: max_seq_length is not taken: has another name today. Use max_length"),
+        ("max_seq_length: 9\nmax_length: 8\n", "run.yaml:1: max_seq_length is an older name of max_length, which"),
+        ("max_seq_length: 1\n", "run.yaml:1: max_length must be at least 2, got 1"),
         (
-            "do_train: true\nseed: 1\nlog_level: info\npackin: true\n",
-            "run.yaml:1: do_train is not taken: the verb says what is done. Delete it. "
-            "Also not taken: log_level (run.yaml:3), packin (run.yaml:4)",
+            "do_predict: true\nseed: 1\ntf32: true\npackin: true\n",
+            "run.yaml:1: do_predict is not taken: the verb says what is done. Delete it. "
+            "Also not taken: tf32 (run.yaml:3), packin (run.yaml:4)",
         ),
         ("seed: 1\n\nseed: 2\n", "run.yaml:3: seed is set twice, first at run.yaml:1. Keep one"),
         ("model_init_kwargs:\n  a: 1\n  a: 2\n", "run.yaml:3: a is set twice, first at run.yaml:2. Keep one"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from burnish.config.aliases import HINTS, OLDER
 from burnish.config.errors import UserError
 from burnish.config.load import dump, load
 from burnish.config.preference import (
@@ -58,13 +59,18 @@ TRL = {
 }  # fmt: skip
 
 
+DENSITIES = ("min_density_ratio", "max_density_ratio")
+
+
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_every_field_of_trl_is_honoured_with_its_default_or_refused(cls):
     config = cls()
     for name, default in TRL[cls].items():
-        if name not in REFUSED:
+        if name not in {*REFUSED, *HINTS}:
             assert getattr(config, name) == default, name
-    assert not {field.name for field in dataclasses.fields(cls)} & set(REFUSED)
+    assert not {field.name for field in dataclasses.fields(cls)} & {*REFUSED, *HINTS, *OLDER}
+    off = {name: value for name, value in TRL[cls].items() if name not in ("prompt_sample_size", *DENSITIES)}
+    assert cls(**off) == config, "files that TRL's tools wrote hold every key"
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
@@ -130,8 +136,8 @@ def test_alphapo_has_no_likelihood_term():
         (DPOConfig, {"model_adapter_name": "a", "ref_adapter_name": "a"}, "policy and reference are both the adapter"),
         (DPOConfig, {"force_use_ref_model": True, "ref_adapter_name": "a"}, "name two references"),
         (DPOConfig, {"max_prompt_length": 1024}, "leaves no room for a completion in max_length 1024"),
-        (DPOConfig, {"padding_value": 0}, "padding_value is not taken: burnish never pads"),
-        (DPOConfig, {"max_target_length": 64}, "Use max_completion_length"),
+        (DPOConfig, {"generate_during_eval": True}, "generate_during_eval is not taken"),
+        (DPOConfig, {"max_target_length": 64, "max_completion_length": 32}, "is an older name of max_comp"),
         (DPOConfig, {"rpo_alhpa": 1.0}, "Did you mean rpo_alpha?"),
         (CPOConfig, {"loss_type": "simp0"}, "loss_type must be one of sigmoid, hinge, ipo, simpo, alphapo"),
         (CPOConfig, {"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing is only read with loss_type"),

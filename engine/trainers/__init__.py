@@ -9,24 +9,29 @@ from typing import Any
 
 from torch import nn
 
-from burnish.config.errors import UserError
 from burnish.config.fields import SFTConfig
 from burnish.config.preference import BCOConfig, CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig
 from burnish.run import assemble
+from burnish.trainers.arguments import check_adapter, configuration, one_of, one_set, refuse, with_collator
+from burnish.trainers.records import Records
 from burnish.training import RunResult
+from burnish.training.callbacks import heard
 
 
-class Trainer:
-    """What the trainers share. Their constructors take TRL's arguments.
+class Trainer(Records):
+    """What the trainers share. Their constructors take TRL's arguments, those of v0.7 to v0.11 included.
 
-    model, ref_model: a folder, a hub id or a transformers model. args: the trainer's configuration (None: its
-    defaults). train_dataset, eval_dataset: a path, a hub id, a list of rows, a datasets.Dataset. processing_class: the
-    tokenizer, loaded beside the model when None. peft_config: a peft configuration. callbacks: objects with
-    transformers' on_... methods. optimizers: (optimizer, schedule) of the caller's own.
+    model, ref_model: a folder, a hub id or a transformers model. args: the trainer's configuration, or transformers'
+    TrainingArguments (None: the defaults). train_dataset, eval_dataset: a path, a hub id, a list of rows, a
+    datasets.Dataset. processing_class, tokenizer: the tokenizer, loaded beside the model when None. peft_config: a peft
+    configuration. callbacks: transformers' TrainerCallbacks, or objects with methods of their names. optimizers:
+    (optimizer, schedule) of the caller's own. model_init: makes the model. Every key of the configuration is taken as
+    an argument too, by its older names as well: that is where TRL once had them.
     Everything is loaded and checked in the constructor; UserError says what to mend.
     """
 
     config_class: type = SFTConfig
+    stepwise = False  # the script brings the rows of each update
 
     def __init__(
         self,
@@ -36,37 +41,38 @@ class Trainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        tokenizer: Any = None,
+        model_init: Callable[[], nn.Module] | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
         formatting_func: Callable | None = None,
         ref_model: str | nn.Module | None = None,
+        **older: Any,
     ):
         name = type(self).__name__
-        if data_collator is not None:
-            raise UserError(
-                "data_collator can't be honoured: burnish packs rows itself",
-                where=f"{name}(data_collator=...)",
-                mend="Give rows with input_ids and labels instead",
-            )
-        if args is not None and not isinstance(args, self.config_class):
-            raise UserError(
-                f"args is a {type(args).__name__}", where=f"{name}(args=...)", mend=f"Use {self.config_class.__name__}"
-            )
-        self.args = args or self.config_class()
+        refuse(older, name)
+        self.args = configuration(self.config_class, args, older, name)
+        check_adapter(self.args, peft_config, name)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.run = assemble(
             self.args,
-            model=model,
+            model=one_of(name, model=model, model_init=model_init),
             ref_model=ref_model,
-            processing_class=processing_class,
+            processing_class=one_of(name, processing_class=processing_class, tokenizer=tokenizer),
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=one_set(eval_dataset, name),
             peft_config=peft_config,
             formatting_func=formatting_func,
             callbacks=callbacks,
             optimizers=optimizers,
+            stepwise=self.stepwise,
+            **with_collator(data_collator, self.args, name),
         )
         self.model, self.processing_class = self.run.model, self.run.tokenizer
+        self.tokenizer = self.processing_class
+        self.run.notify("on_init_end")
 
     @property
     def state(self) -> Any:
@@ -84,6 +90,15 @@ class Trainer:
     def save_model(self, output_dir: str | None = None) -> Path:
         """Save weights (or the adapter) and tokenizer as from_pretrained reads them."""
         return self.run.save_model(output_dir)
+
+    def add_callback(self, callback: Any) -> None:
+        """A TrainerCallback or a class of them, told from now on."""
+        self.run.callbacks += heard([callback], self.run.log)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Tell this callback (or those of this class) nothing more."""
+        kind = callback if isinstance(callback, type) else ()
+        self.run.callbacks[:] = [c for c in self.run.callbacks if c is not callback and not isinstance(c, kind)]
 
 
 class SFTTrainer(Trainer):
