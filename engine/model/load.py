@@ -53,12 +53,10 @@ def load_model(
         from burnish.model.attention import register
 
         register()
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     if scores:
         options["num_labels"] = 1
-    family = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
+        family = _family(name, trust_remote_code, scores)
         model, info = family.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # of a dozen libraries' classes: all of them mean that these files don't load
         raise _load_error("model", name, error) from error
@@ -78,23 +76,55 @@ def load_model(
     return model.train()
 
 
+def _family(name: str, trust_remote_code: bool, scores: bool) -> Any:
+    """The Auto class that loads this model: of causal LMs, unless its configuration is only known with images."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
+
+    if scores:
+        return AutoModelForSequenceClassification
+    kind = type(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    pictures = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+
+
+def load_processor(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
+    """The processor (images and tokenizer) of a folder or a hub id. Raises UserError where there is none."""
+    from transformers import AutoProcessor
+
+    name = _located(name_or_path)
+    try:
+        return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _load_error("processor", name, error) from error
+
+
 def align(model: nn.Module) -> None:
     """Move CPU parameters that lie off a 64-byte boundary, as those mapped from a safetensors file do.
 
     Matrix products read aligned weights 1.7 times as fast (float32, [720, 576] x [576, 1536], AVX-512).
     """
     for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+        if parameter.device.type == "cpu" and parameter.is_floating_point() and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
 
 
-def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Any:
-    """A model's configuration, without its weights, from a folder or a hub id. Raises UserError as load_model does."""
+def load_config(name_or_path: str, *, trust_remote_code: bool = False, here: bool = False) -> Any:
+    """A model's configuration, without its weights, from a folder or a hub id; with `here`, from no network.
+
+    Raises UserError as load_model does.
+    """
     from transformers import AutoConfig
 
     name = _located(name_or_path)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, local_files_only=here)
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
         raise _load_error("model", name, error) from error
 
@@ -121,25 +151,57 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _load_error("tokenizer", name, error) from error
+    return dress_tokenizer(
+        tokenizer,
+        trust_remote_code=trust_remote_code,
+        chat_template_path=chat_template_path,
+        eos_token=eos_token,
+        pad_token=pad_token,
+    )
+
+
+def dress_tokenizer(
+    tokenizer: Any,
+    *,
+    trust_remote_code: bool = False,
+    chat_template_path: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+) -> Any:
+    """`tokenizer` itself with the template and tokens that `load_tokenizer` names, for one that a script brings."""
     if chat_template_path:
-        tokenizer.chat_template = _chat_template(chat_template_path, trust_remote_code)
+        tokenizer.chat_template, ends = _chat_template(chat_template_path, trust_remote_code)
+        eos_token = eos_token or ends  # replies must end as the template ends them
     for role, token in (("eos_token", eos_token), ("pad_token", pad_token)):
         if token is None:
             continue
         if token not in tokenizer.get_vocab():
-            raise UserError(
-                f"{token!r} is not in the tokenizer's vocabulary", where=role, mend="Name an existing token"
-            )
+            mend = "Name an existing token, or add it first with burnish.clone_chat_template"
+            raise UserError(f"{token!r} is not in the tokenizer's vocabulary", where=role, mend=mend)
         setattr(tokenizer, role, token)
     return tokenizer
+
+
+def end_replies(model: nn.Module, tokenizer: Any) -> str:
+    """Make generation stop at the tokenizer's end of sequence, in what is saved too. A line for the log."""
+    config: Any = model.config
+    generation: Any = getattr(model, "generation_config", None)
+    known = config.eos_token_id if generation is None else generation.eos_token_id
+    known = [known] if isinstance(known, int) else list(known or [])
+    end = tokenizer.eos_token_id
+    config.eos_token_id = end
+    if generation is not None and end not in known:
+        generation.eos_token_id = [end, *known]
+    return f"replies end with {tokenizer.eos_token} ({end})"
 
 
 def check_vocabulary(tokenizer: Any, model: nn.Module) -> None:
     """Raises UserError if the tokenizer can give ids that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    if len(tokenizer) > rows:
+    size = len(getattr(tokenizer, "tokenizer", tokenizer))  # a processor's
+    if size > rows:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}",
+            f"the tokenizer has {size} tokens, the model embeds {rows}",
             where=str(getattr(tokenizer, "name_or_path", "") or "tokenizer"),
             mend="Use the model's own tokenizer, or enlarge the model first (model.resize_token_embeddings)",
         )
@@ -202,14 +264,15 @@ def _load_error(what: str, name: str, error: Exception) -> UserError:
     )
 
 
-def _chat_template(source: str, trust_remote_code: bool) -> str:
+def _chat_template(source: str, trust_remote_code: bool) -> tuple[str, str | None]:
+    """(the template of a Jinja file or of a tokenizer, the token that ends its replies, which a file doesn't say)."""
     path = Path(os.path.expanduser(source))
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = load_tokenizer(source, trust_remote_code=trust_remote_code).chat_template
-    if not template:
+        return path.read_text(encoding="utf-8"), None
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
         raise UserError("its tokenizer has no chat template", where=source, mend="Give a Jinja file")
-    return template
+    return tokenizer.chat_template, tokenizer.eos_token
 
 
 def drop_dropout(model: nn.Module) -> None:
