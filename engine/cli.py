@@ -1,18 +1,24 @@
 """The command line: `burnish VERB ...`. Verbs, help and exit codes; torch is imported only by a verb that needs it.
 
 Exit codes: 0 done, 1 a fault in burnish or a library (with its traceback), 2 a mistake in the command, configuration
-or data (one line), 130 interrupted.
+or data (one line), 130 interrupted. `check` answers 0, 1 (warnings only) or 2 (errors).
 """
 
+import errno
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from burnish.config.errors import UserError
+
+# What the machine refused, wherever it was met: no fault of burnish's, so no traceback.
+OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
 
 
 def entry() -> None:
@@ -42,6 +48,11 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # `burnish sft --help-all | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if debug or error.errno not in OUTSIDE:
+            raise
+        print(f"burnish: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -67,13 +78,21 @@ def _train(verb: str, words: list[str]) -> int:
         print(_keys_help(verb, getattr(burnish, CONFIGS[verb]), everything="--help-all" in words))
         return 0
     command = shlex.join(["burnish", verb, *words])
+    began = time.perf_counter()
     config = _configuration(verb, words)
+    spent = {"config": time.perf_counter() - began}
+    from burnish.parallel import launch
+
+    if (config.nproc or 1) > 1 and "WORLD_SIZE" not in os.environ:
+        return launch.launch([verb, *words], config.nproc, config.max_restarts)
     from burnish.run import train
 
-    result = train(config)
+    spent["imports"] = time.perf_counter() - began - spent["config"]
+    result = launch.together(lambda: train(config, spent))
     if result.interrupted is None:
         return 0
-    print(f"resume   {command}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"resume   {command}")
     return 128 + result.interrupted if result.interrupted else 0
 
 
@@ -83,7 +102,8 @@ def _demo(words: list[str]) -> int:
         return 0
     from burnish.verbs.demo import demo
 
-    if len(words) > 1 or any(word.startswith("-") or "=" in word for word in words):
+    keyed = [word for word in words if "=" in word and word.split("=")[0].isidentifier()]
+    if len(words) > 1 or keyed or words[:1] and words[0].startswith("-"):
         raise UserError(
             f"demo takes one folder, got {' '.join(words)}", where="command line", mend="burnish demo out/demo"
         )
@@ -122,7 +142,8 @@ def _compare(words: list[str]) -> int:
 
 
 def _preview(words: list[str]) -> int:
-    usage = "preview [VERB] run.yaml [rows=5] [html=FILE] [key=value ...]"
+    usage = "preview [VERB] run.yaml [rows=5] [--html | html=FILE] [key=value ...]"
+    words = ["html=preview.html" if word == "--html" else word for word in words]
     if not words or words[0].startswith("-"):
         return _usage(
             words, usage, "Shows rows as the model will see them: trained, context and special tokens, packs."
@@ -142,13 +163,51 @@ def _preview(words: list[str]) -> int:
     return 0
 
 
+def _check(words: list[str]) -> int:
+    usage = "check [VERB] run.yaml [key=value ...]   or   burnish check --replay FILE"
+    if not words or words[0] in ("-h", "--help"):
+        what = """Checks a run before it runs, without weights: configuration, rows, lengths, memory, kernels, time.
+Exit code 0: nothing to mend; 1: warnings only; 2: errors.
+--replay runs the rows again that a step without a number left behind, and says where it begins."""
+        return _usage(words, usage, what)
+    if words[0].partition("=")[0] == "--replay":
+        _, _, file = words.pop(0).partition("=")
+        if len(words) != (not file):
+            raise UserError("--replay takes one file", where="command line", mend="Run: burnish check --replay FILE")
+        from burnish.verbs.replay import replay
+
+        return replay(file or words[0])
+    import burnish
+
+    verb = words.pop(0) if words[0] in CONFIGS else "sft"
+    cls = getattr(burnish, CONFIGS[verb])
+    path, words = split_path(cls, words)
+    from burnish.verbs.check import check
+
+    return check(cls, path, words)
+
+
 def _configuration(verb: str, words: list[str]) -> Any:
     """The configuration of a training verb: one YAML file, `key=value` words, or both."""
     import burnish
     from burnish.config.load import load
 
-    path = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") else None
-    return load(getattr(burnish, CONFIGS[verb]), path, words)
+    cls = getattr(burnish, CONFIGS[verb])
+    return load(cls, *split_path(cls, words))
+
+
+def split_path(cls: type, words: list[str]) -> tuple[str | None, list[str]]:
+    """(the file among the words, wherever it stands, and the others). A file's path may hold a `=`."""
+    found = [word for word in takewhile(lambda word: not word.startswith("-"), words) if is_path(cls, word)]
+    if len(found) > 1:
+        raise UserError(f"two files, {found[0]} and {found[1]}", where="command line", mend="Name one")
+    return found[0] if found else None, [word for word in words if word not in found]
+
+
+def is_path(cls: type, word: str) -> bool:
+    """Whether a word names a file, and is no `key=value` of this configuration."""
+    name, equals, _ = word.partition("=")
+    return not equals or (name not in cls.__dataclass_fields__ and Path(word).is_file())  # type: ignore[attr-defined]
 
 
 def _merge(words: list[str]) -> int:
@@ -221,6 +280,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "kto": ("Kahneman-Tversky optimization, on completions rated good or bad", partial(_train, "kto")),
     "bco": ("binary classifier optimization, on completions rated good or bad", partial(_train, "bco")),
     "reward": ("reward modelling, on pairs of completions", partial(_train, "reward")),
+    "check": ("all that can be wrong with a run, before it runs: burnish check [VERB] run.yaml", _check),
     "preview": ("rows as the model will see them: burnish preview [VERB] run.yaml", _preview),
     "merge": ("an adapter into its base model, proved on training rows: burnish merge RUN", _merge),
     "chat": ("talk to what a run left: burnish chat RUN [base=true]", _chat),

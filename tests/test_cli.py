@@ -82,7 +82,10 @@ def test_debug_shows_the_traceback(tmp_path):
         (["fly"], f"command line: unknown verb fly. Verbs: {' '.join(cli.VERBS)}"),
         (["sft", "none.yaml"], "none.yaml: no such file. Name a YAML file, or give key=value words"),
         (["sft", "--seed", "1"], "command line: '--seed' is not key=value. Write seed=VALUE"),
-        (["sft", "seed=1", "run.yaml"], "command line: 'run.yaml' is not key=value. Write run.yaml=VALUE"),
+        (["sft", "seed=1", "none.yaml"], "none.yaml: no such file. Name a YAML file, or give key=value words"),
+        (["sft", "a.yaml", "seed=1", "b.yaml"], "command line: two files, a.yaml and b.yaml. Name one"),
+        (["sft", "out=3/none.yaml"], "command line: unknown key out. burnish sft --help-all lists every key"),
+        (["check", "--replay"], "command line: --replay takes one file. Run: burnish check --replay FILE"),
         (["demo", "a", "b"], "command line: demo takes one folder, got a b. burnish demo out/demo"),
         (
             ["bench", "--small"],
@@ -119,11 +122,24 @@ def test_sft_hands_the_loaded_configuration_to_run(tmp_path, monkeypatch):
     from burnish.training import RunResult
 
     seen = []
-    monkeypatch.setattr(burnish.run, "train", lambda config: seen.append(config) or RunResult(tmp_path, 1, {}))
+    monkeypatch.setattr(burnish.run, "train", lambda config, spent: seen.append(config) or RunResult(tmp_path, 1, {}))
     (tmp_path / "run.yaml").write_text("output_dir: here\nseed: 3\n")
     assert cli.main(["sft", str(tmp_path / "run.yaml"), "seed=4"]) == 0
     (config,) = seen
     assert (config.output_dir, config.seed, config.origins["seed"]) == ("here", 4, "command line")
+
+
+@pytest.mark.parametrize("words", [["a=b.yaml", "seed=4"], ["seed=4", "a=b.yaml"], ["seed=4", "sub=1/run.yaml"]])
+def test_the_file_stands_anywhere_and_its_path_may_hold_an_equals_sign(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub=1").mkdir()
+    for name in ("a=b.yaml", "sub=1/run.yaml"):
+        (tmp_path / name).write_text("output_dir: here\n")
+    config = cli._configuration("sft", words)
+    assert (config.output_dir, config.seed) == ("here", 4)
+    (tmp_path / "seed=5").write_text("output_dir: elsewhere\n")
+    config = cli._configuration("sft", ["seed=5"])
+    assert (config.seed, config.output_dir) == (5, "trainer_output"), "a key wins over a file of that name"
 
 
 def test_a_closed_pipe_is_no_error(tmp_path):

@@ -89,7 +89,7 @@ def test_lengths_come_from_data_that_can_be_read(capsys, tiny_model, chat_file):
 
 def test_preferences_are_two_sequences_a_row(capsys, run_file):
     text = plan(capsys, "dpo", run_file, "--card", "h200", "max_length=4096", "per_device_train_batch_size=2")
-    assert "16,384 tokens in 4 sequences" in text and "reference model" in text
+    assert "16,384 tokens in 4 sequences" in text and "by the model without its adapter" in text
 
 
 @pytest.mark.parametrize(
@@ -124,3 +124,10 @@ def test_help_needs_no_torch(tmp_path):
     code = "import sys; from burnish.cli import main; main(['plan', '--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage: burnish plan")
+
+
+def test_the_file_may_have_an_equals_sign_in_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r=8.yaml").write_text("seed: 1\n")
+    request = parse(["max_length=9", "r=8.yaml"], CONFIGS)
+    assert (request.path, request.words) == ("r=8.yaml", ["max_length=9"])

@@ -82,7 +82,7 @@ def test_the_histogram_counts_every_row_once(tiny_model, chat_file):
         assert share == count / max(number for _, _, number in rows)
 
 
-def test_the_command_and_its_page(tmp_path, tiny_model, chat_file, pair_file, capsys):
+def test_the_command_and_its_page(tmp_path, tiny_model, chat_file, pair_file, capsys, monkeypatch):
     words = [f"model_name_or_path={tiny_model}", f"dataset_name={chat_file}", "max_length=64"]
     assert main(["preview", *words, "rows=1"]) == 0
     assert "batch 0: " in capsys.readouterr().out
@@ -94,6 +94,9 @@ def test_the_command_and_its_page(tmp_path, tiny_model, chat_file, pair_file, ca
     mine = tmp_path / "notes.txt"
     mine.write_text("mine")
     assert main(["preview", "dpo", *words, f"html={mine}"]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert main(["preview", "dpo", *words, "--html"]) == 0
+    assert (tmp_path / "preview.html").read_text() == page.read_text()
     assert mine.read_text() == "mine"
     assert main(["preview", *words, "rows=none"]) == 2
     assert "rows=none is no number of rows" in capsys.readouterr().err

@@ -2,14 +2,29 @@
 
 import ctypes
 import importlib.metadata
+import os
 from typing import Any
 
 import torch
 
+from burnish.config.errors import UserError
+from burnish.parallel.world import started
+
 
 def device_for(config: Any) -> torch.device:
-    """CUDA where there is one and use_cpu doesn't forbid it."""
-    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    """CUDA where there is one and use_cpu doesn't forbid it: of several processes on a machine each has its own."""
+    if config.use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not started():
+        return torch.device("cuda")
+    number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= there:
+        raise UserError(
+            f"process {number} of this machine has no GPU, there are {there}",
+            where="nproc",
+            mend=f"Start {there} processes a machine",
+        )
+    return torch.device("cuda", number)
 
 
 def describe_device(device: torch.device) -> str:

@@ -14,6 +14,7 @@ from burnish.model.adapters import apply_adapter
 from burnish.model.attention import register
 from burnish.model.head import check_head, read_head
 from burnish.model.isolation import check_isolation
+from burnish.model.kbit import kbit, kbit_options, prepare_kbit, row_by_row
 from burnish.model.load import align, drop_dropout, load_model
 from burnish.model.patch import PatchReport, patch
 from burnish.optim.footprint import ROUNDED
@@ -23,14 +24,17 @@ from burnish.run.device import compute_dtype
 
 
 def make_network(
-    config: Any, source: str | nn.Module, device: torch.device, peft_config: Any, tokenizer: Any
+    config: Any, source: str | nn.Module, device: torch.device, peft_config: Any, tokenizer: Any, packed: bool = True
 ) -> tuple[nn.Module, PatchReport]:
     """The model that will train: loaded or adopted, adapted, patched and proved fit; and the report of the patch."""
-    adapted = bool(peft_config) or config.use_peft
+    own = hasattr(source, "peft_config")  # an adapter that the script brings goes on training
+    adapted = bool(peft_config) or (config.use_peft and not own)
     if isinstance(source, nn.Module):
         model = _adopt(source, device)
     else:
         model = load_model(source, **load_options(config, device, adapted))
+    exact = config.dtype != "bfloat16" and compute_dtype(config, device) == torch.float32
+    model = prepare_kbit(model, adapted=adapted or hasattr(model, "peft_config"), upcast=exact)
     if isinstance(config, RewardConfig) and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # transformers' own forward looks for the last real token
     if adapted:
@@ -39,10 +43,10 @@ def make_network(
         model.set_adapter(config.model_adapter_name)  # type: ignore[operator]
     if getattr(config, "disable_dropout", False):
         drop_dropout(model)
-    return model, _prove(config, model)
+    return model, _prove(config, model, packed)
 
 
-def _prove(config: Any, model: nn.Module) -> PatchReport:
+def _prove(config: Any, model: nn.Module, packed: bool = True) -> PatchReport:
     """Patch the model; raise UserError if its head can't be reproduced or packed sequences see each other in it."""
     dropout = max((getattr(module, "attention_dropout", 0.0) or 0.0 for module in model.modules()), default=0.0)
     if dropout:
@@ -54,29 +58,35 @@ def _prove(config: Any, model: nn.Module) -> PatchReport:
     report = patch(model, strict=config.strict_patch)
     if "linear_cross_entropy" not in report.patched and not isinstance(config, RewardConfig):
         check_head(model, read_head(model))  # else patch has tried it
-    check_isolation(model)
+    if packed:
+        with row_by_row(model):
+            check_isolation(model)
     return report
 
 
 def make_frozen(
-    config: Any, policy: nn.Module, given: str | nn.Module | None, device: torch.device, batches: list, log: Log
+    config: Any, policy: nn.Module, given: str | nn.Module | None, device: torch.device, log: Log
 ) -> Reference | None:
-    """The reference policy, if the objective has one, its log-probs cached where the configuration says so."""
+    """The reference policy, if the objective has one."""
     other = load_model(given, **load_options(config, device, frozen=True)) if isinstance(given, str) else given
     if isinstance(other, nn.Module):
         other = _adopt(other, device).requires_grad_(False)
         cast_parameters(other, next(policy.parameters()).dtype)
         _prove(config, other)
     reference = make_reference(config, policy, other)
-    if reference is None:
-        return None
-    log.say("reference", reference.name)
-    if config.precompute_ref_log_probs:
-        with use(config.kernels):
-            for part in batches:
-                if part is not None:
-                    log.say("reference", cache_sums(reference, part, config))
+    if reference is not None:
+        log.say("reference", reference.name)
     return reference
+
+
+def remember_sums(config: Any, reference: Reference | None, batches: list, log: Log) -> None:
+    """The reference's log-probs of all rows, once for the whole run, where the configuration says so."""
+    if reference is None or not config.precompute_ref_log_probs:
+        return
+    with use(config.kernels):
+        for part in batches:
+            if part is not None:
+                log.say("reference", cache_sums(reference, part, config))
 
 
 def cast(config: Any, network: nn.Module, device: torch.device) -> dict:
@@ -92,11 +102,15 @@ def load_options(config: Any, device: torch.device, frozen: bool) -> dict:
     dtype = config.dtype
     if dtype == "float32" and frozen and compute_dtype(config, device) == torch.bfloat16:
         dtype = "bfloat16"
+    packed = kbit_options(config, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    given = {**packed, **(config.model_init_kwargs or {})}
+    if given.get("quantization_config") is not None:
+        given.setdefault("device_map", {"": str(device)})  # packed weights can't be moved once they are loaded
     return {
         "dtype": dtype,
         "device": device,
         "trust_remote_code": config.trust_remote_code,
-        "model_init_kwargs": config.model_init_kwargs,
+        "model_init_kwargs": given,
         "attn": register(),
         "scores": isinstance(config, RewardConfig),
     }
@@ -105,7 +119,8 @@ def load_options(config: Any, device: torch.device, frozen: bool) -> dict:
 def _adopt(model: nn.Module, device: torch.device) -> nn.Module:
     """A model that a script brings: on the device, and with burnish's attention."""
     model.set_attn_implementation(register())  # type: ignore[operator]
-    model = model.to(device)
+    if not kbit(model):  # quantised weights stay where they were loaded
+        model = model.to(device)
     align(model)
     return model
 

@@ -4,6 +4,7 @@ Reads the command line, without torch; `burnish.verbs.planned` plans and prints.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from burnish.config.errors import UserError
@@ -56,7 +57,7 @@ def parse(words: list[str], verbs: Any) -> Request:
             setattr(request, {"--probe": "probe", "--all": "everything", "--json": "as_json"}[word], True)
         elif word.startswith("-"):
             raise UserError(f"unknown option {word}", where="command line", mend=f"Run: {USAGE}")
-        elif "=" in word:
+        elif "=" in word and not Path(word).is_file():
             request.words.append(word)
         elif request.path is None:
             request.path = word

@@ -28,6 +28,7 @@ from burnish.memory.plan import (
 )
 from burnish.memory.probe import here, host_memory
 from burnish.memory.shape import shape_of
+from burnish.memory.spread import Spread
 from burnish.memory.time import CARDS, GIB, Load
 from burnish.model.load import load_tokenizer
 from burnish.run.rows import read_batches
@@ -79,10 +80,30 @@ def plan_for(config: Any, request: Request, machine: Machine) -> "Planned":
     """Every setting of this configuration, weighed on the machine."""
     cuda = not request.probe or torch.cuda.is_available()
     half = config.use_peft and config.dtype == "float32" and config.bf16 is not False and cuda  # as run.py loads a base
-    setup = setup_for(config, shape_of(config, loaded="bfloat16" if half else None), cuda=cuda)
+    shape = shape_of(config, loaded="bfloat16" if half else None)
     load, how = _load(config, request)
-    weighed = options(setup, load, machine)
-    return Planned(config, request.verb, setup, machine, load, how, weighed, choose(weighed))
+    for spread in spreads(config):
+        setup = setup_for(config, shape, cuda=cuda, spread=spread)
+        shared = replace(machine, cards=spread.on_a_machine)
+        weighed = options(setup, replace(load, shared=spread.sequence), shared)
+        found = Planned(config, request.verb, setup, shared, weighed[0].load, how, weighed, choose(weighed))
+        if found.chosen is not None:
+            break
+    return found
+
+
+def spreads(config: Any) -> list[Spread]:
+    """The ways to spread a run over its processes, the first that fits to be taken."""
+    size, sequence = config.nproc or 1, config.sequence_parallel
+    if size % sequence:
+        raise UserError(
+            f"{size} processes can't be divided into groups of {sequence}",
+            where="sequence_parallel",
+            mend="Use a divisor of nproc",
+        )
+    if size == 1:
+        return [Spread()]
+    return [Spread(size, name, sequence) for name in ([config.parallel] if config.parallel else ["ddp", "fsdp"])]
 
 
 def _load(config: Any, request: Request) -> tuple[Load, str]:
@@ -142,7 +163,17 @@ class Planned:
             f"{rates.attention / 1e12:.3g} in attention, {rates.memory / 1e12:.3g} TB/s, "
             f"{rates.to_host / 1e9:.3g} GB/s to the host",
             f"{'':<9}{rates.source}",
+            *self._processes(),
         ]
+
+    def _processes(self) -> list[str]:
+        """Over how many GPUs, and how: nothing of it was measured."""
+        spread = self.setup.spread
+        if spread.size == 1:
+            return []
+        shared = f", {spread.sequence} share a document" if spread.sequence > 1 else ""
+        link = f"{spread.link / 1e9:.0f} GB/s between them"
+        return [f"{'GPUs':<9}{spread.size} by {spread.strategy}{shared}; {link}; bytes are one GPU's (simulated)"]
 
     def text(self, everything: bool) -> list[str]:
         """The whole plan, a fact a line."""
@@ -157,8 +188,9 @@ class Planned:
             f"{'batch':<9}{_sequences(self.load)} ({self.how}){several}",
             f"{'state':<9}{parts} GiB  ({self.setup.optim}{where})",
         ]
-        if self.verb != "sft":
-            lines.append(f"{'note':<9}a reference model's weights and forward are not in this plan")
+        if self.setup.reference:
+            whose = {"copy": "a second model", "policy": "the model without its adapter"}[self.setup.reference]
+            lines.append(f"{'beside':<9}the reference's log-probs, by {whose}")
         lines += ["", *_table(self, [each for each in shown if not each.refused])]
         for each in shown:
             if each.refused:
@@ -172,7 +204,9 @@ class Planned:
         if self.chosen is None:
             best = max(self.options, key=self.longest)
             return f"{'fits':<9}nothing; {in_words(best.memory)}: up to {self.longest(best):,} tokens"
-        return f"{'use':<9}{as_yaml(self.chosen.memory)}   (or memory: auto)"
+        spread = self.setup.spread
+        over = f"nproc: {spread.size}  parallel: {spread.strategy}  " if spread.size > 1 else ""
+        return f"{'use':<9}{over}{as_yaml(self.chosen.memory)}   (or memory: auto)"
 
     def longest(self, option: Option) -> int:
         """The longest single document, in tokens, under this option's setting."""
@@ -186,6 +220,7 @@ class Planned:
             "rates": vars(self.machine.card.rates),
             "lengths": list(self.load.lengths),
             "lengths_from": self.how,
+            "spread": vars(self.setup.spread),
             "chosen": None if self.chosen is None else as_keys(self.chosen.memory),
             "options": [_option_dict(option, self) for option in self.options],
         }
@@ -212,10 +247,11 @@ def _beaten(option: Option, others: list[Option]) -> bool:
 
 
 def _sequences(load: Load) -> str:
-    number = len(load.lengths)
+    number, tokens = len(load.lengths), sum(load.lengths)
+    each = f", {load.tokens:,} of them on a GPU" if load.shared > 1 else ""
     if number == 1:
-        return f"{load.tokens:,} tokens in one sequence"
-    return f"{load.tokens:,} tokens in {number} sequences, the longest {max(load.lengths):,}"
+        return f"{tokens:,} tokens in one sequence{each}"
+    return f"{tokens:,} tokens in {number} sequences, the longest {max(load.lengths):,}{each}"
 
 
 def _table(planned: Planned, fitting: list[Option]) -> list[str]:
@@ -277,6 +313,7 @@ def _option_dict(option: Option, planned: Planned) -> dict:
         "host_bytes": option.host,
         "seconds": option.seconds.total,
         "exposed_seconds": option.seconds.exposed,
+        "talk_seconds": option.seconds.talk,
         "copied_bytes": option.seconds.copied,
         "tokens_a_second": option.tokens_a_second,
         "recomputed": option.recomputed,
