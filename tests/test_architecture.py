@@ -15,7 +15,7 @@ LINES = [
     {"__main__"},
     {"cli"},
     {"verbs"},
-    {"trainers", "ppo"},
+    {"trainers", "ppo", "doors"},
     {"run"},
     {"training"},
     {"loop", "reference"},
@@ -25,7 +25,8 @@ LINES = [
     {"parallel"},
     {"model"},
     {"data"},
-    {"checkpoint", "optim", "metrics", "interrupt"},
+    {"trackers"},
+    {"checkpoint", "optim", "metrics", "interrupt", "card", "hub"},
     {"config"},
     {"kernels"},
 ]

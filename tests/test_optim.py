@@ -22,7 +22,8 @@ HERE = sorted(set(OPTIMIZERS) - set(PACKAGES))
 
 
 def settings(**given) -> SFTConfig:
-    base = {"learning_rate": 1e-2, "weight_decay": 0.1, "adam_epsilon": 1e-6, "lr_scheduler_type": "cosine"}
+    base = {"learning_rate": 1e-2, "weight_decay": 0.1, "lr_scheduler_type": "cosine"}
+    base |= {"adam_epsilon": 1e-6} if given.get("optim", "adamw").startswith("adamw") else {}
     inside = {"max_grad_norm": 0} if given.get("optimizer_in_bwd") else {}
     return SFTConfig("unused", **{**base, **inside, **given})
 

@@ -55,7 +55,9 @@ def test_commands_exist(words):
         overrides = [word for word in words if "=" in word]
         load(SFTConfig, None, [word for word in overrides if word.partition("=")[0] not in OWN.get(rest[0], ())])
         files = {word for word in words if word not in overrides and not word.startswith("out/")}
-        assert files <= {"run.yaml", "--help"}
+        assert files <= {"run.yaml", "--help", "--replay"}
+    elif program == "torchrun":
+        assert rest[2:4] == ["-m", "burnish"] and rest[4] in VERBS and rest[5:] == ["run.yaml"]
     elif program == "touch":
         assert all(word.endswith(("/STOP", "/SAVE")) for word in rest)
     elif program.startswith("."):

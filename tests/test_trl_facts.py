@@ -17,6 +17,7 @@ BASE = {
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 4,
     "max_length": 64,
+    "allow_truncation": True,
     "logging_steps": 1,
     "save_strategy": "no",
     "max_steps": 3,

@@ -32,6 +32,7 @@ from burnish.model.patch import patch
 from burnish.model.sampling import respond
 from burnish.model.value_head import AutoModelForCausalLMWithValueHead, create_reference_model
 from burnish.objectives import rl
+from burnish.parallel.world import started
 from burnish.ppo.update import optimize, roll_out, statistics
 
 _READ = {"input_ids", "attention_mask", "labels", "label", "query", "response"}  # columns the data loader keeps
@@ -71,6 +72,8 @@ class PPOTrainer:
                 where="PPOTrainer(model=...)",
                 mend="Load it with AutoModelForCausalLMWithValueHead.from_pretrained, which takes a loaded model too",
             )
+        if started():
+            raise UserError("PPO trains on one process", where="torchrun", mend="Start the script with python")
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
