@@ -80,6 +80,8 @@ def spread(
     log.say("parallel", _line(config))
     if config.parallel == "fsdp":
         for network in networks:
+            if not config.model_name_or_path:  # a script made it; what is read from a name is the same everywhere
+                _as_first([*network.parameters(), *network.buffers()])
             shard(network, memory.segment, _computes(config, device), device)
         return Shards()
     for network in networks:

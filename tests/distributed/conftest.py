@@ -33,6 +33,7 @@ def _in_rank(rank: int, size: int, port: int, body: Callable[[], None], log: Pat
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # pytest's own stand in their place
     try:
         body()
     except BaseException:

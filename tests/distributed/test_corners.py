@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from burnish import DPOConfig, RewardConfig, SFTConfig
 from burnish.config.errors import UserError
 from burnish.parallel import store
+from burnish.parallel.shards import whole_state
 from burnish.parallel.world import least
 from burnish.run import assemble, train
 
@@ -138,3 +139,23 @@ def test_what_one_process_asks_or_meets_all_do(ranks, records, tiny_model, chat_
     ranks(2, body).finish()
     assert [record["step"] for record in records(tmp_path / "stopped")] == [1, 2]
     assert not [*(tmp_path / "full").glob("*checkpoint*"), *(tmp_path / "later").glob("checkpoint*")]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_script_s_models_of_other_seeds_become_the_first_process_s(parallel, ranks, tiny_model, chat_file, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    def made(seed: int):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
+
+    config = SFTConfig(str(tmp_path / "run"), parallel=parallel, **COMMON)
+
+    def body() -> None:
+        given = {"processing_class": AutoTokenizer.from_pretrained(tiny_model), "train_dataset": chat_file}
+        run = assemble(config, model=made(int(os.environ["RANK"])), **given)
+        state = whole_state(run.model, keep=True) if parallel == "fsdp" else run.model.state_dict()
+        first = made(0).state_dict()
+        assert all(torch.equal(state[name], value) for name, value in first.items())
+
+    ranks(2, body).finish()
