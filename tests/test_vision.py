@@ -286,8 +286,10 @@ def test_what_rows_with_images_need_is_said(tmp_path, tiny_tokenizer):
             train_dataset=(row for row in rows()),
             data_collator=collate,
         )
-    with pytest.raises(UserError, match="dataset_kwargs add_special_tokens is not taken"):
-        SFTConfig("out", dataset_kwargs={"add_special_tokens": False})
+    with pytest.raises(UserError, match=r"dataset_kwargs num_proc is not taken. Use add_special_tokens, append_conc"):
+        SFTConfig("out", dataset_kwargs={"num_proc": 4})
+    with pytest.raises(UserError, match="dataset_kwargs add_special_tokens is true or false, not 'no'"):
+        SFTConfig("out", dataset_kwargs={"add_special_tokens": "no"})
 
 
 def test_the_guides_script_runs_with_a_real_processor(tmp_path, tiny_tokenizer):

@@ -358,8 +358,7 @@ class SFTConfig(TrainConfig):
     shuffle_dataset: bool = key(False, "shuffle the rows before they are packed")
     dataset_kwargs: dict | None = key(
         None,
-        "add_special_tokens: false (no BOS to plain text), append_concat_token: false (no EOS to it), "
-        "skip_prepare_dataset: true (rows for a script's data_collator)",
+        "{add_special_tokens: false}, {append_concat_token: false}: no BOS, EOS to text; {skip_prepare_dataset: true}",
     )
     loss_type: str = key(
         "nll",

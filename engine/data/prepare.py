@@ -103,12 +103,15 @@ def cached(
 
 
 def tokenize_settings(config: Any, vocab_size: int | None, templates: Templates | None = None) -> TokenizeSettings:
+    asked = config.dataset_kwargs or {}
     return TokenizeSettings(
         text_field=config.dataset_text_field,
         completion_only=config.completion_only_loss,
         assistant_only=bool(config.assistant_only_loss),
         vocab_size=vocab_size,
         templates=templates,
+        special=asked.get("add_special_tokens") is not False,
+        end=asked.get("append_concat_token") is not False,
     )
 
 

@@ -159,7 +159,7 @@ class RowTokenizer:
         bos = self.tokenizer.bos_token_id
         result, doubled = [], []
         for ids in self.encode(texts, special=self.settings.special):
-            twice = self.settings.special and self._adds_bos and len(ids) > 1 and ids[0] == bos and ids[1] == bos
+            twice = self._adds_bos and self.settings.special and len(ids) > 1 and ids[0] == bos and ids[1] == bos
             result.append(ids[1:] if twice else ids)
             doubled.append(bool(twice))
         return result, doubled

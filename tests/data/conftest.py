@@ -54,6 +54,7 @@ def make_config():
     def make(**changes):
         fields = dict(
             dataset_text_field="text",
+            dataset_kwargs=None,
             max_length=1024,
             truncation_mode="keep_start",
             packing=False,

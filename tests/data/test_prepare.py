@@ -58,6 +58,24 @@ def test_text_is_ended_once(run, tokenizer):
     assert (report.stopped_rows, report.rows, report.format) == (5, 5, "text")
 
 
+def test_plain_text_goes_without_bos_and_eos_where_dataset_kwargs_say_so(run, make_tokenizer):
+    """Each of the two alone and both, with the cache between them; a conversation is its template's in any case."""
+    tokenizer = make_tokenizer(bos=True)
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    plain = tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
+    pair = {"prompt": USER[0], "completion": " " + REPLY[0]}
+    for special, end in ((True, True), (False, True), (True, False), (False, False)):
+        asked = {"add_special_tokens": special, "append_concat_token": end}
+        whole = bos * special + plain + eos * end
+        examples, _ = run([{"text": TEXTS[0]}], tok=tokenizer, dataset_kwargs=asked)
+        assert listed(examples) == [(whole, [True] * len(whole))]
+        examples, _ = run([pair], tok=tokenizer, dataset_kwargs=asked)
+        ((ids, flags),) = listed(examples)
+        assert ids == whole and sum(flags) == len(tokenizer(pair["completion"], add_special_tokens=False)[0]) + end
+        examples, _ = run([{"messages": CHATS[0]}], tok=tokenizer, dataset_kwargs=asked)
+        assert listed(examples)[0][0] == tokenizer.apply_chat_template(CHATS[0])["input_ids"]
+
+
 def test_text_field_and_formatting_func(run, tokenizer):
     examples, _ = run([{"body": "the cat"}], dataset_text_field="body")
     ids = tokenizer("the cat")["input_ids"] + [tokenizer.eos_token_id]
@@ -331,7 +349,7 @@ import sys, types
 from transformers import PreTrainedTokenizerFast
 from burnish.data.prepare import prepare
 config = types.SimpleNamespace(dataset_text_field="text", max_length=64, packing=False, completion_only_loss=None,
-                               assistant_only_loss=False)
+                               assistant_only_loss=False, dataset_kwargs=None)
 tok = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tok")!r})
 examples, _ = prepare({str(tmp_path / "a.jsonl")!r}, tok, config, cache_dir={str(tmp_path / "c")!r})
 assert len(examples) == 4
