@@ -1,4 +1,5 @@
-"""The long-context examples: documents from installed packages, configurations that load, and a tiny run of one."""
+"""The examples run: long documents from installed packages and a tiny run on them, kernels in transformers' Trainer,
+two runs compared."""
 
 import json
 import re
@@ -106,3 +107,36 @@ def test_the_tiny_one_trains_on_the_sources_of_this_machine(sources, tmp_path, m
     assert result.global_step == 3 and losses[-1] < losses[0]
     assert records[0]["num_tokens"] > 2048, "a pack of several tiles"
     assert (tmp_path / "out/long-context-tiny/model.safetensors").is_file()
+
+
+def test_kernels_in_the_trainer_of_transformers_change_no_loss(tiny_model, tmp_path, monkeypatch, capsys):
+    """The script as it is, and again without the patch."""
+    import burnish
+
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n} times the cat " * 5}) + "\n" for n in range(20))
+    )
+    script = runpy.run_path(str(FOLDER.parent / "patching" / "train_with_transformers.py"))
+    given = (tiny_model, str(tmp_path / "train.jsonl"))
+    patched = script["main"](*given, str(tmp_path / "patched"), 3)
+    assert "linear_cross_entropy" in capsys.readouterr().out
+    monkeypatch.setattr(burnish, "patch", lambda model: None)
+    monkeypatch.setattr(burnish, "unpatch", lambda model: None)
+    assert patched == pytest.approx(script["main"](*given, str(tmp_path / "plain"), 3), rel=1e-4)
+    assert (tmp_path / "patched" / "model.safetensors").is_file()
+
+
+def test_two_runs_of_the_benchmark_example_can_be_compared(tiny_model, chat_file, tmp_path, monkeypatch, capsys):
+    from burnish.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BURNISH_CACHE", str(tmp_path / "cache"))
+    base = str(FOLDER.parent / "benchmark" / "base.yaml")
+    words = [f"model_name_or_path={tiny_model}", f"dataset_name={chat_file}", "max_steps=2", "logging_steps=1"]
+    assert main(["sft", base, *words]) == 0
+    packed = ["packing=true", "per_device_train_batch_size=1", "max_length=512", "output_dir=out/packed"]
+    assert main(["sft", base, *words, *packed]) == 0
+    capsys.readouterr()
+    assert main(["compare", "out/padded", "out/packed"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("packing", "max_length", "tokens a second")), shown
