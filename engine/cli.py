@@ -73,13 +73,20 @@ def _dispatch(argv: list[str]) -> int:
 def _train(verb: str, words: list[str]) -> int:
     """Train: one YAML file, `key=value` words, or both."""
     import burnish
+    from burnish.data.peek import peek
 
     if not words or {"-h", "--help", "--help-all"} & {*words}:
         print(_keys_help(verb, getattr(burnish, CONFIGS[verb]), everything="--help-all" in words))
         return 0
     command = shlex.join(["burnish", verb, *words])
     began = time.perf_counter()
-    config = _configuration(verb, words)
+    try:
+        config = _configuration(verb, words)
+        peek(config, TASKS.get(verb, "pairs"))
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":  # every process of a torchrun makes it, the first one shows it
+            return 2
+        raise
     spent = {"config": time.perf_counter() - began}
     from burnish.parallel import launch
 
@@ -272,6 +279,7 @@ CONFIGS = {
     "bco": "BCOConfig",
     "reward": "RewardConfig",
 }
+TASKS: dict[str, Any] = {"sft": None, "kto": "unpaired", "bco": "unpaired", "reward": "scored"}  # of rows; else pairs
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "sft": ("supervised fine-tuning: burnish sft run.yaml key=value ...", partial(_train, "sft")),
     "dpo": ("direct preference optimization and its family, on pairs of completions", partial(_train, "dpo")),

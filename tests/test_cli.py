@@ -1,14 +1,17 @@
 """The command line as a user meets it: fast help, one line for a mistake, exit codes, and silence from libraries."""
 
+import json
 import os
 import resource
 import subprocess
 import sys
+import time
 
 import pytest
 
 from burnish import cli
 from burnish.config.errors import UserError
+from burnish.config.fields import SFTConfig
 
 
 def burnish(*words, cwd, debug=None):
@@ -250,3 +253,38 @@ class TestDemo:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         assert str(demo.cache_folder()) == expected
+
+
+@pytest.mark.parametrize(
+    ("verb", "row", "says"),
+    [
+        ("sft", {"txt": "a"}, "unrecognised columns: txt"),
+        ("sft", {"chosen": "a", "rejected": "b"}, "These are preference rows"),
+        ("dpo", {"prompt": "a", "completion": "b"}, "unrecognised columns"),
+        ("kto", {"text": "a"}, "unrecognised columns: text"),
+        ("reward", {"text": "a"}, "unrecognised columns: text"),
+    ],
+)
+def test_wrong_columns_are_an_answer_before_torch_is_imported(verb, row, says, tmp_path):
+    """With the words of the reader, which would come to the same seconds later."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    code = (
+        "import sys, time, burnish.cli\n"
+        f"code = burnish.cli.main([{verb!r}, 'model_name_or_path=m', 'dataset_name=rows.jsonl', 'output_dir=out'])\n"
+        "print(code, 'torch' in sys.modules)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert done.stderr.startswith("burnish: rows.jsonl row 0: ") and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and time.perf_counter() - began < 10  # 0.3 s on a machine at rest
+
+
+def test_what_a_look_at_the_first_row_can_t_tell_is_left_to_the_reader(tmp_path):
+    from burnish.data.peek import peek
+
+    for content in (b"", b"{broken\n", b"[1]\n", b"\xff\xfe\n", b'{"text": "fine"}\n'):
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        peek(SFTConfig("out", dataset_name=str(tmp_path / "rows.jsonl")), None)
+    peek(SFTConfig("out", dataset_name=str(tmp_path / "absent.jsonl")), None)
+    peek(SFTConfig("out", dataset_name="org/name"), None)

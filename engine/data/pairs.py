@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from burnish.config.errors import UserError
 from burnish.data.formats import Format, kind_of
-from burnish.data.read import Row
+
+if TYPE_CHECKING:
+    from burnish.data.read import Row  # which takes seconds to import
 
 Task = Literal["pairs", "scored", "unpaired"]
 Kind = Literal["text", "messages", "input_ids"]
