@@ -65,6 +65,9 @@ class Facts:
     adapter   the model is an adapter on its base
     history   the run's records (state.log_history)
     about     hardware and versions, in words
+    title     the card's title; default: the last part of output_dir
+    dataset   the data's name; default: dataset_name of the configuration
+    tags      of the script's own, after burnish's
     """
 
     config: Any
@@ -74,6 +77,9 @@ class Facts:
     adapter: bool
     history: list[dict]
     about: dict[str, str]
+    title: str = ""
+    dataset: str = ""
+    tags: tuple[str, ...] = ()
 
 
 def write_card(folder: Path, facts: Facts) -> bool:
@@ -99,7 +105,7 @@ def is_ours(text: str) -> bool:
 def card(facts: Facts) -> str:
     """The card's Markdown: the header that the hub reads, the run in a table, its last metrics."""
     config, verb = facts.config, _verb(facts.config)
-    base, data = _shown(facts.model), _shown(config.dataset_name or "")
+    base, data = _shown(facts.model), _shown(_dataset(facts))
     rows = [
         ("model", base or "a model that the script made"),
         ("data", _data(data, facts.rows)),
@@ -110,7 +116,7 @@ def card(facts: Facts) -> str:
         ("length", f"at most {config.max_length:,} tokens" if config.max_length else "never cut"),
         *sorted(facts.about.items()),
     ]
-    lines = ["---", _header(facts, verb), "---", "", f"# {Path(config.output_dir).resolve().name}", ""]
+    lines = ["---", _header(facts, verb), "---", "", f"# {facts.title or Path(config.output_dir).resolve().name}", ""]
     lines += [f"{_METHODS.get(verb, verb).capitalize()} of {base or 'a model'} with burnish.", ""]
     lines += _table(("", ""), rows)
     metrics = final_metrics(facts.history)
@@ -160,10 +166,14 @@ def _header(facts: Facts, verb: str) -> str:
     if _on_hub(facts.model):
         header["base_model"] = facts.model
     header["library_name"] = "peft" if facts.adapter else "transformers"
-    header["tags"] = ["burnish", verb, *(["lora"] if facts.adapter else [])]
-    if _on_hub(facts.config.dataset_name or ""):
-        header["datasets"] = [facts.config.dataset_name]
+    header["tags"] = ["burnish", verb, *(["lora"] if facts.adapter else []), *facts.tags]
+    if _on_hub(_dataset(facts)):
+        header["datasets"] = [_dataset(facts)]
     return yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()
+
+
+def _dataset(facts: Facts) -> str:
+    return facts.dataset or facts.config.dataset_name or ""
 
 
 def _on_hub(name: str) -> bool:

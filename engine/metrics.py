@@ -172,7 +172,8 @@ def step_line(step: int, max_steps: int, record: dict, seconds_left: float) -> s
     if "rewards/accuracies" in record:
         parts.append(f"acc {record['rewards/accuracies']:.3f}")
     parts += [f"lr {record['learning_rate']:.2e}", f"|g| {record['grad_norm']:.3f}"]
-    parts.append(f"{record['tok_s']:,.0f} tok/s ({record['tok_s_trained']:,.0f} trained)")
+    trained = f" ({record['tok_s_trained']:,.0f} trained)" if record["tok_s_trained"] else ""  # a score trains no token
+    parts.append(f"{record['tok_s']:,.0f} tok/s{trained}")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.0%}")
     if "imbalance" in record:

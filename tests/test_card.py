@@ -17,6 +17,7 @@ from burnish.config.preference import (
     RewardConfig,
 )
 from burnish.run import train
+from burnish.trainers import SFTTrainer
 
 ROWS = [{"text": f"seven small cats count to {n}"} for n in range(12)]
 
@@ -125,3 +126,15 @@ def test_a_mix_of_losses_shows_weights_and_papers():
     shown = objective(DPOConfig("out", loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1], beta=0.2))
     assert shown.startswith("1 x logistic loss") and "+ 0.1 x negative log-likelihood of the chosen" in shown
     assert "[arXiv 2305.18290](https://arxiv.org/abs/2305.18290)" in shown and shown.endswith("beta 0.2")
+
+
+def test_a_script_asks_for_the_card_by_trls_name(tmp_path, tiny_model):
+    config = SFTConfig(str(tmp_path), model_name_or_path=tiny_model, max_steps=1, use_cpu=True)
+    trainer = SFTTrainer(args=config, train_dataset=ROWS)
+    trainer.create_model_card(model_name="cats", dataset_name="owner/cats", tags="felines")
+    text = (tmp_path / "README.md").read_text()
+    assert header(text)["tags"] == ["burnish", "sft", "felines"] and header(text)["datasets"] == ["owner/cats"]
+    assert "\n# cats\n" in text and is_ours(text) and rows_of(text)["data"].startswith("`owner/cats`, 12 rows")
+    trainer.create_model_card()
+    assert header((tmp_path / "README.md").read_text())["tags"] == ["burnish", "sft"]
+    assert trainer.args.dataset_name is None, "a card's words are not the run's settings"

@@ -14,7 +14,7 @@ from burnish.loop import fit, total_steps
 from burnish.loop.evaluation import evaluate
 from burnish.loop.gate import NonFinite
 from burnish.loop.state import Control, Hooks, TrainState
-from burnish.metrics import Log
+from burnish.metrics import Log, step_line
 from burnish.model.attention import register
 from burnish.model.head import read_head
 from burnish.model.patch import patch
@@ -267,3 +267,9 @@ def test_float32_masters_receive_what_bfloat16_would_lose(tiny_model, examples):
         assert torch.equal(parameter, master.to(torch.bfloat16)), name
         moved = (master - reference[name]).abs().max()
         assert moved > 3e-4, f"{name} moved {moved}: 60 updates of 1e-5 add up to 6e-4"
+
+
+def test_a_line_of_a_reward_model_counts_no_trained_tokens():
+    record = {"loss": 0.7, "learning_rate": 1e-4, "grad_norm": 1.0, "tok_s": 1200.0, "mem_gib": 0.5, "data_wait": 0.0}
+    assert "1,200 tok/s (900 trained)  0.5 GiB" in step_line(1, 3, {**record, "tok_s_trained": 900.0}, 1.0)
+    assert "1,200 tok/s  0.5 GiB" in step_line(1, 3, {**record, "tok_s_trained": 0.0}, 1.0)

@@ -106,7 +106,9 @@ def _of_lengths(config: Any, report: DataReport, rows: Any, train: bool) -> Iter
     parts = {name: values["max"] for name, values in report.lengths.items()}
     longest = parts.pop("prompt", 0) + max(parts.values()) if parts else report.quantiles["max"]
     what = f"cutting to {report.cut_to} takes {share:.1%} of the trained tokens"
-    mend = f"max_length: {longest} keeps all; or set allow_truncation: true"
+    wrapped = getattr(config, "packing", False) and config.packing_strategy != "wrapped"
+    mend = "packing_strategy: wrapped, as ConstantLengthDataset packs, or " if wrapped else ""
+    mend += f"max_length: {longest} keeps all; or set allow_truncation: true"
     too_much = train and share > LOST and not config.allow_truncation
     place = rows(report.cut_rows) if report.cut_rows else report.source
     yield Finding(place, what, "what is cut off is not learned, the ends of replies first", mend, too_much, True)

@@ -95,9 +95,12 @@ def _from_transformers(args: Any, cls: type, trainer: str) -> tuple[dict[str, An
 
 
 def check_adapter(config: Any, peft_config: Any, trainer: str) -> None:
-    """Raises UserError where keys and peft_config describe two adapters."""
+    """Raises UserError where keys and peft_config describe two adapters, or peft_config is not peft's."""
     if peft_config is None:
         return
+    if not hasattr(peft_config, "peft_type"):
+        kind = type(peft_config).__name__
+        raise UserError(f"peft_config is a {kind}", where=f"{trainer}(peft_config=...)", mend="Use peft.LoraConfig")
     usual = defaults(config)
     for name in LORA:
         if getattr(config, name) != usual[name]:

@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from burnish.card import write_card
 from burnish.hub import push
 from burnish.parallel.world import world
+from burnish.training.publish import facts_of
 
 
 class Records:
@@ -36,6 +38,21 @@ class Records:
         """output_dir/trainer_state.json: the step, the best checkpoint and log_history. A checkpoint has its own."""
         if world().main:
             self._write("trainer_state.json", dataclasses.asdict(self.run.state))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """The model card in output_dir, with a title, a data set's name and tags of the script's own where given.
+
+        Saving writes a card as well, and anew; a README.md of somebody's own stays.
+        """
+        if not world().main:
+            return
+        own = (tags,) if isinstance(tags, str) else tuple(tags or ())
+        facts = dataclasses.replace(facts_of(self.run), title=model_name or "", dataset=dataset_name or "", tags=own)
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        if not write_card(self.run.folder, facts):
+            self.run.log.say("card", f"{self.run.folder / 'README.md'} is somebody's own: left as it is")
 
     def push_to_hub(self, commit_message: str = "Trained with burnish") -> str:
         """Save the model and upload it to hub_model_id; its address. Raises UserError where the hub doesn't take it.

@@ -312,3 +312,16 @@ def test_what_scripts_call_after_training(tiny_model, qa, monkeypatch, capsys, k
 def test_the_page_on_moving_names_every_older_name():
     page = (Path(__file__).resolve().parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
     assert not [name for name in OLDER if not name.endswith("_kwargs") and f"`{name}`" not in page]
+
+
+def test_a_peft_config_of_another_kind_is_one_line(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"SFTTrainer\(peft_config=...\): peft_config is a dict. Use peft.LoraConfig"):
+        SFTTrainer(tiny_model, train_dataset=[{"text": "a b c"}], args=SFTConfig(str(tmp_path)), peft_config={"r": 4})
+
+
+def test_packs_that_would_cut_rows_name_the_packing_of_earlier_versions(tiny_model, tmp_path):
+    given = {"train_dataset": [{"text": "seven small cats " * 40}] * 4, "packing": True, "max_seq_length": 32}
+    config = SFTConfig(str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match="packing_strategy: wrapped, .* or max_length: [0-9]+ keeps"):
+        SFTTrainer(tiny_model, args=config, **given)
+    SFTTrainer(tiny_model, args=config, **given, packing_strategy="wrapped")
