@@ -7,6 +7,7 @@ the constructor, and by assignment afterwards, as scripts do with TRL's configur
 import dataclasses
 import json
 import os
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from burnish.config.aliases import today
@@ -31,6 +32,10 @@ def translated(given: dict[str, Any], names: list[str], owner: str) -> tuple[dic
     return taken, notes
 
 
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 class _Today(type):
     """Translates older names before a configuration is made."""
 
@@ -51,6 +56,13 @@ class Keys(metaclass=_Today):
     origins: ClassVar[dict[str, str]] = {}
     notes: ClassVar[list[str]] = []
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        for name, kind in cls.__annotations__.items():
+            declared = vars(cls).get(name)
+            if isinstance(declared, dataclasses.Field):
+                declared.metadata = MappingProxyType(declared.metadata["self"].pinned(kind))
+
     def __new__(cls, *args: Any, **given: Any) -> "Keys":
         """Refuse names that are no key with their reason, before dataclass's bare TypeError would."""
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -60,6 +72,9 @@ class Keys(metaclass=_Today):
                 raise UserError(what, where=f"{cls.__name__}({name}=...)", mend=mend)
         config = super().__new__(cls)
         config.notes = []  # type: ignore[misc]
+        if len(given) == len(names):  # by a parser of the command line, which gives every default too
+            defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            given = {name: value for name, value in given.items() if value != defaults[name]}
         config.origins = {  # type: ignore[misc]  # one per configuration; ClassVar keeps it from being a field
             name: f"{cls.__name__}({name}=...)" if name in given else "default" for name in names
         }

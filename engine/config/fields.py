@@ -53,7 +53,7 @@ class TrainConfig(Keys):
         kw_only=False,
     )
     overwrite_output_dir: bool = key(False, "start anew in an output_dir that already holds a run")
-    report_to: str | list[str] | None = key("none", "tensorboard, wandb, trackio; metrics.jsonl is always written")
+    report_to: list[str] | str | None = key("none", "tensorboard, wandb, trackio; metrics.jsonl is always written")
     run_name: str | None = key(None, "name of the run in trackers; default: the last part of output_dir")
     project: str = key("huggingface", "project that wandb and trackio file the run under")
     push_to_hub: bool = key(False, "upload the model to the hub when it is saved")
@@ -224,8 +224,8 @@ class TrainConfig(Keys):
     load_best_model_at_end: bool = key(False, "end with the checkpoint that evaluated best")
     metric_for_best_model: str | None = key(None, "metric that decides which checkpoint is best; default: loss")
     greater_is_better: bool | None = key(None, "whether more of it is better; default: false for a loss, else true")
-    resume_from_checkpoint: bool | str | None = key(
-        None, "a checkpoint folder, or true for the last one in output_dir", common=True
+    resume_from_checkpoint: str | None = key(
+        None, "a checkpoint folder, or true for the last one in output_dir", common=True, also=bool
     )
     seed: int = key(42, "seed of everything random", low=0, common=True)
     data_seed: int | None = key(None, "seed of the data order; default: seed", low=0)

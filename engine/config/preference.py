@@ -127,7 +127,7 @@ class ReferenceConfig(PreferenceConfig):
 class DPOConfig(ReferenceConfig):
     """Direct preference optimisation, with all of TRL's losses. `loss_type` is always a list once it is checked."""
 
-    loss_type: list[str] | str = key("sigmoid", f"one or a list of: {' '.join(DPO_LOSSES)}", common=True)
+    loss_type: str = key("sigmoid", f"one or a list of: {' '.join(DPO_LOSSES)}", common=True, also=list[str])
     loss_weights: list[float] | None = key(None, "weight of each loss in the list; default: 1 each")
     label_smoothing: float = key(0.0, "share of pairs taken to be the wrong way round; exo_pair's epsilon", low=0)
     f_divergence_type: str = key(
@@ -182,7 +182,7 @@ class DPOConfig(ReferenceConfig):
     def _check_losses(self) -> None:
         """Make loss_type a list of today's names, and see that the weights fit it."""
         given = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
-        self.loss_type = [_OLDER_LOSSES.get(name, name) for name in given]
+        self.loss_type = [_OLDER_LOSSES.get(name, name) for name in given]  # type: ignore[assignment]
         if not self.loss_type:
             self._fail("loss_type is empty", "loss_type", mend="Use sigmoid")
         for name in self.loss_type:

@@ -15,6 +15,23 @@ from typing import Any
 import yaml
 
 
+class Declared(dict):
+    """What is declared of a key. To whoever lists it, as transformers' HfArgumentParser does for argparse, it is a help
+    text; the rest answers to its name."""
+
+    def __init__(self, doc: str, **rest: Any):
+        super().__init__(help=doc.replace("%", "%%"))
+        self._rest = {"doc": doc, "type": None, **rest, "self": self}
+
+    def __missing__(self, name: str) -> Any:
+        return self._rest[name]
+
+    def pinned(self, kind: Any) -> "Declared":
+        """The same, with the type that the field is annotated with: HfArgumentParser changes the field's own."""
+        rest = {name: value for name, value in self._rest.items() if name not in ("doc", "self")}
+        return Declared(self["doc"], **{**rest, "type": kind if self["also"] is None else self["also"] | kind})
+
+
 def key(
     default: Any,
     doc: str,
@@ -24,13 +41,16 @@ def key(
     above: float | None = None,
     high: float | None = None,
     common: bool = False,
+    also: Any = None,
     kw_only: bool = True,
 ) -> Any:
     """One field: its default, what it does in one line, and which values it takes.
 
-    low and high are inclusive bounds, above an exclusive one. common marks what `--help` shows without `--help-all`.
+    low and high are inclusive bounds, above an exclusive one. common marks what `--help` shows without `--help-all`,
+    also is a type beside the annotation's, of a union that HfArgumentParser couldn't read.
     """
-    metadata = {"doc": doc, "choices": tuple(choices), "low": low, "above": above, "high": high, "common": common}
+    bounds = {"low": low, "above": above, "high": high}
+    metadata = Declared(doc, choices=tuple(choices), **bounds, common=common, also=also)
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata, kw_only=kw_only)
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
@@ -38,9 +58,8 @@ def key(
 
 def alternatives(field: dataclasses.Field) -> tuple[Any, ...]:
     """The types a field takes, None included as NoneType: `int | None` gives (int, NoneType)."""
-    if isinstance(field.type, types.UnionType) or typing.get_origin(field.type) is typing.Union:
-        return typing.get_args(field.type)
-    return (field.type,)
+    kind = field.metadata["type"] or field.type
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
 def type_name(field: dataclasses.Field) -> str:
@@ -62,6 +81,8 @@ def coerce(field: dataclasses.Field, value: Any) -> Any:
     choices = field.metadata["choices"]
     if value is False and "no" in choices:  # YAML 1.1 reads a bare `no` as false
         value = "no"
+    if field.metadata["also"] is bool and str(value).lower() in ("true", "false"):
+        value = str(value).lower() == "true"
     for kind in alternatives(field):
         fits, result = _as(kind, value)
         if fits:

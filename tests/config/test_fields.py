@@ -353,3 +353,24 @@ def test_replace_checks_again():
 )
 def test_in_steps_counts_as_transformers_does(value, total, expected):
     assert in_steps(value, total) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["SFTConfig", "DPOConfig", "CPOConfig", "ORPOConfig", "KTOConfig", "BCOConfig", "RewardConfig"]
+)
+def test_transformers_parser_of_the_command_line_reads_a_configuration(name, capsys):
+    """As TRL's documentation has it; and what is not on the command line counts as not given, before and after."""
+    from transformers import HfArgumentParser
+
+    import burnish
+
+    kind = getattr(burnish, name)
+    before = kind("out", max_length=None, resume_from_checkpoint=True)
+    words = ["--output_dir", "out", "--learning_rate", "1e-3", "--resume_from_checkpoint", "true", "--use_peft"]
+    (parsed,) = HfArgumentParser(kind).parse_args_into_dataclasses(words)
+    plain = kind(output_dir="out", learning_rate=1e-3, resume_from_checkpoint=True, use_peft=True)
+    assert dataclasses.asdict(parsed) == dataclasses.asdict(plain) and parsed.origins == plain.origins
+    assert dataclasses.asdict(kind("out", max_length=None, resume_from_checkpoint=True)) == dataclasses.asdict(before)
+    with pytest.raises(SystemExit):
+        HfArgumentParser(kind).parse_args_into_dataclasses(["--help"])
+    assert "--learning_rate" in capsys.readouterr().out
