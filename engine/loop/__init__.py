@@ -61,7 +61,7 @@ def fit(
     """
     device = next(model.parameters()).device
     state.window = state.window or window_size(config)
-    per_epoch = len(batches)
+    per_epoch, cost = len(batches), cost_of(model)
     model.train()
     rehearsed = _rehearse(objective, updater, device, hooks)
     gate = Gate(model, config, state, hooks.broken)
@@ -71,7 +71,7 @@ def fit(
     if state.evaluation_owed:
         _pay(state, control, config, hooks)
     while state.global_step < state.max_steps and not control.should_training_stop:
-        windows = _begin_epoch(batches, state, control, hooks, cost_of(model))
+        windows = _begin_epoch(batches, state, control, hooks, cost)
         while True:
             waiting = time.perf_counter()
             window = next(windows, None)
@@ -84,7 +84,7 @@ def fit(
             if not rehearsed and state.global_step == first and device.type == "cuda":
                 hooks.measured(memory_gib())
             norm = updater.step(loss)
-            gate.step(loss, norm, _again(batches, state, cost_of(model)))
+            gate.step(loss, norm, _again(batches, state, cost))
             _advance(state, window, per_epoch)
             if device.type == "cpu":
                 gate.look()

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from burnish.parallel.world import any_of_each
+
 BUCKET = 2**26  # bytes that travel at a time
 
 
@@ -25,11 +27,9 @@ class Replicas:
         Where this process has no gradient of a parameter and another one has, it counts as zero; where nobody has, it
         stays none, as in one process.
         """
-        here = torch.tensor([p in sums or p.grad is not None for p in parameters])
-        anywhere = here.to(torch.uint8)
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        here = [p in sums or p.grad is not None for p in parameters]
         gradients = []
-        for parameter, mine, someones in zip(parameters, here.tolist(), anywhere.tolist(), strict=True):
+        for parameter, mine, someones in zip(parameters, here, any_of_each(here), strict=True):
             if someones and not mine and sums:  # the others' gradients are float32 sums too
                 sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
             elif someones and not mine:
